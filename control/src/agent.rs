@@ -1,0 +1,352 @@
+//! Runs this node's instances: starts processes, asks every instance how it
+//! is, restarts what fails, and reports each change at once. What should run
+//! is decided elsewhere.
+//!
+//! The agent has a thread of its own, which lives as long as the agent: a
+//! child gets its parent-death signal when the thread that forked it ends.
+
+mod endpoint;
+mod health;
+mod logs;
+mod ports;
+mod process;
+mod procs;
+mod record;
+mod spawn;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io,
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{
+        mpsc::{self, UnboundedReceiver, UnboundedSender},
+        oneshot,
+    },
+    task::JoinSet,
+};
+
+use self::{logs::Logs, ports::Ports, process::Process, record::Record};
+use crate::{
+    gpu::{Gpu, GpuPool},
+    model::{Deployment, GpuSpecificationId, Instance, InstanceId, Launch, Version},
+};
+
+/// What an agent needs to know about its node.
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    pub node: String,
+    pub data_dir: PathBuf,
+    /// Given to instances as `PORT`.
+    pub ports: RangeInclusive<u16>,
+    /// Who instances run as when the agent is root; default `nobody`.
+    pub user: Option<String>,
+    /// Discovered or declared.
+    pub gpus: Vec<Gpu>,
+    /// Weir's own listeners, which no endpoint may name.
+    pub forbidden: Vec<SocketAddr>,
+    /// From SIGTERM to SIGKILL.
+    pub kill_after: Duration,
+}
+
+impl AgentConfig {
+    pub const KILL_AFTER: Duration = Duration::from_secs(10);
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("cannot use the data directory '{path}': {source}", path = path.display())]
+    DataDir { path: PathBuf, source: io::Error },
+    #[error("another agent uses the data directory '{path}'", path = path.display())]
+    InUse { path: PathBuf },
+    #[error("cannot start the agent's thread: {0}")]
+    Thread(io::Error),
+}
+
+/// One instance to run.
+#[derive(Clone, Debug)]
+pub struct Assignment {
+    pub instance: InstanceId,
+    pub version: Arc<Version>,
+    pub deployment: Arc<Deployment>,
+    pub specification: GpuSpecificationId,
+    /// One of [`Launch::Endpoints`].
+    pub endpoint: Option<String>,
+}
+
+/// What an agent says about its instances.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly every report is the large one"
+)]
+#[derive(Clone, PartialEq, Debug)]
+pub enum Report {
+    Changed(Instance),
+    Gone(InstanceId),
+}
+
+enum Command {
+    Run(Assignment),
+    Order(InstanceId, Order),
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// To one instance.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Order {
+    Drain,
+    Stop,
+    Suspect,
+}
+
+type Orders = UnboundedReceiver<Order>;
+
+/// What all instances of the node share.
+struct Node {
+    name: String,
+    /// Tells this agent's processes from another's on the same machine.
+    id: String,
+    data_dir: PathBuf,
+    user: String,
+    forbidden: Vec<SocketAddr>,
+    kill_after: Duration,
+    ports: Ports,
+    gpus: GpuPool,
+    logs: Logs,
+    /// Locked while this agent lives.
+    _lock: File,
+}
+
+/// A handle on a node's agent; when the last one goes, so do its instances.
+#[derive(Clone)]
+pub struct Agent {
+    commands: UnboundedSender<Command>,
+    logs: Logs,
+    kill_after: Duration,
+}
+
+impl Agent {
+    pub fn start(
+        config: AgentConfig,
+        reports: UnboundedSender<Report>,
+    ) -> Result<Self, AgentError> {
+        let path = config.data_dir.clone();
+        let unusable = |source| AgentError::DataDir {
+            path: path.clone(),
+            source,
+        };
+        fs::create_dir_all(&path).map_err(unusable)?;
+        let data_dir = path.canonicalize().map_err(unusable)?;
+        let lock = File::create(data_dir.join("agent.lock")).map_err(unusable)?;
+        match lock.try_lock() {
+            Ok(()) => (),
+            Err(fs::TryLockError::WouldBlock) => return Err(AgentError::InUse { path }),
+            Err(fs::TryLockError::Error(source)) => return Err(unusable(source)),
+        }
+        let node = Node {
+            id: identity(&data_dir).map_err(unusable)?,
+            logs: Logs::open(&data_dir).map_err(unusable)?,
+            ports: Ports::new(config.ports),
+            gpus: GpuPool::new(&config.node, config.gpus),
+            name: config.node,
+            data_dir,
+            user: config.user.unwrap_or_else(|| "nobody".to_owned()),
+            forbidden: config.forbidden,
+            kill_after: config.kill_after,
+            _lock: lock,
+        };
+        if !spawn::is_root() {
+            tracing::warn!(
+                "the agent is not root: instances run as its own user and are not separated from it"
+            );
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(AgentError::Thread)?;
+        let (commands, inbox) = mpsc::unbounded_channel();
+        let agent = Self {
+            commands,
+            logs: node.logs.clone(),
+            kill_after: node.kill_after,
+        };
+        std::thread::Builder::new()
+            .name("weir-agent".to_owned())
+            .spawn(move || {
+                let killed = procs::kill_orphans(&node.id);
+                if killed > 0 {
+                    tracing::warn!(killed, "killed processes that an earlier run left behind");
+                }
+                runtime.block_on(serve(Arc::new(node), inbox, reports));
+            })
+            .map_err(AgentError::Thread)?;
+        Ok(agent)
+    }
+
+    /// Nobody is there to hear it only after a shutdown.
+    fn tell(&self, command: Command) {
+        drop(self.commands.send(command));
+    }
+
+    /// Starts an instance; one that runs already is left as it is.
+    pub fn run(&self, assignment: Assignment) {
+        self.tell(Command::Run(assignment));
+    }
+
+    /// Says that it drains; it runs on and is asked for its health.
+    pub fn drain(&self, instance: InstanceId) {
+        self.tell(Command::Order(instance, Order::Drain));
+    }
+
+    /// Ends it. One that is not there is reported as gone.
+    pub fn stop(&self, instance: InstanceId) {
+        self.tell(Command::Order(instance, Order::Stop));
+    }
+
+    /// A proxy could not connect to it.
+    pub fn suspect(&self, instance: InstanceId) {
+        self.tell(Command::Order(instance, Order::Suspect));
+    }
+
+    /// The last `tail` lines it printed; it may be gone for a while.
+    #[must_use]
+    pub fn logs(&self, instance: InstanceId, tail: usize) -> Option<String> {
+        self.logs.read(instance, tail)
+    }
+
+    /// Stops every instance and takes no new ones.
+    pub async fn shutdown(&self) {
+        let (done, wait) = oneshot::channel();
+        self.tell(Command::Shutdown(done));
+        let bound = self.kill_after + Duration::from_secs(10);
+        if tokio::time::timeout(bound, wait).await.is_err() {
+            tracing::error!("instances are left after the shutdown");
+        }
+    }
+}
+
+/// The name this agent's processes carry, made once for a data directory.
+fn identity(data_dir: &std::path::Path) -> io::Result<String> {
+    let path = data_dir.join("agent-id");
+    match fs::read_to_string(&path) {
+        Ok(id) if uuid::Uuid::try_parse(id.trim()).is_ok() => Ok(id.trim().to_owned()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => {
+            let id = uuid::Uuid::new_v4().to_string();
+            let fresh = data_dir.join("agent-id.new");
+            fs::write(&fresh, &id)?;
+            fs::rename(fresh, path)?;
+            Ok(id)
+        }
+    }
+}
+
+/// One that has ended meanwhile does not mind.
+fn stop(orders: &UnboundedSender<Order>) {
+    let _ = orders.send(Order::Stop);
+}
+
+async fn serve(
+    node: Arc<Node>,
+    mut inbox: UnboundedReceiver<Command>,
+    reports: UnboundedSender<Report>,
+) {
+    let mut running = HashMap::<InstanceId, UnboundedSender<Order>>::new();
+    let mut tasks = JoinSet::<InstanceId>::new();
+    let mut waiting: Vec<oneshot::Sender<()>> = Vec::new();
+    let mut closing = false;
+    loop {
+        if closing && tasks.is_empty() {
+            for done in waiting.drain(..) {
+                let _ = done.send(());
+            }
+            if inbox.is_closed() && inbox.is_empty() {
+                return;
+            }
+        }
+        tokio::select! {
+            biased;
+            Some(ended) = tasks.join_next() => {
+                // A task that panicked is found by its closed channel.
+                let gone: Vec<InstanceId> = match ended {
+                    Ok(id) => vec![id],
+                    Err(error) => {
+                        tracing::error!(%error, "an instance's task failed");
+                        running.iter().filter(|(_, o)| o.is_closed()).map(|(id, _)| *id).collect()
+                    }
+                };
+                for id in gone {
+                    running.remove(&id);
+                    drop(reports.send(Report::Gone(id)));
+                }
+                let (logs, alive) = (node.logs.clone(), running.keys().copied().collect());
+                tokio::task::spawn_blocking(move || logs.prune(&alive));
+            }
+            command = inbox.recv(), if !(closing && inbox.is_closed() && inbox.is_empty()) => match command {
+                Some(Command::Run(assignment)) if closing => {
+                    drop(reports.send(Report::Gone(assignment.instance)));
+                }
+                Some(Command::Run(assignment)) => {
+                    let id = assignment.instance;
+                    if running.contains_key(&id) {
+                        continue;
+                    }
+                    let (orders, heard) = mpsc::unbounded_channel();
+                    running.insert(id, orders);
+                    tasks.spawn(supervise(Arc::clone(&node), assignment, heard, reports.clone()));
+                }
+                Some(Command::Order(id, order)) => {
+                    let heard = running.get(&id).is_some_and(|orders| orders.send(order).is_ok());
+                    if !heard && order == Order::Stop && !running.contains_key(&id) {
+                        drop(reports.send(Report::Gone(id)));
+                    }
+                }
+                Some(Command::Shutdown(done)) => {
+                    closing = true;
+                    waiting.push(done);
+                    running.values().for_each(stop);
+                }
+                None => {
+                    closing = true;
+                    running.values().for_each(stop);
+                }
+            },
+        }
+    }
+}
+
+async fn supervise(
+    node: Arc<Node>,
+    assignment: Assignment,
+    mut orders: Orders,
+    reports: UnboundedSender<Report>,
+) -> InstanceId {
+    let mut record = Record::new(&node.name, &assignment, reports);
+    match &assignment.version.launch {
+        Launch::Process(spec) => {
+            Process {
+                node: &node,
+                assignment: &assignment,
+                spec,
+                record: &mut record,
+                orders: &mut orders,
+                failures: 0,
+            }
+            .supervise()
+            .await;
+        }
+        Launch::Endpoints(_) => {
+            endpoint::supervise(&node, &assignment, &mut record, &mut orders).await;
+        }
+    }
+    assignment.instance
+}

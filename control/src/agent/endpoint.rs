@@ -1,0 +1,268 @@
+//! An instance that runs already: it is resolved, asked how it is, and let go.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+
+use tokio::time::{Instant, sleep};
+
+use super::{
+    Assignment, Node, Order, Orders,
+    health::{Check, Probes, Verdict, Watch},
+    process::backoff,
+    record::Record,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum EndpointError {
+    #[error("'{0}' is not an endpoint such as http://host:port")]
+    Malformed(String),
+    #[error("cannot resolve '{0}': {1}")]
+    Resolve(String, std::io::Error),
+    #[error("'{0}' has no address")]
+    NoAddress(String),
+    #[error("endpoint '{0}' is refused: {1} is a link-local address")]
+    LinkLocal(String, IpAddr),
+    #[error("endpoint '{0}' is refused: {1} is one of Weir's own listeners")]
+    Own(String, SocketAddr),
+}
+
+/// Host as written, and port.
+fn parse(endpoint: &str) -> Result<(String, Option<u16>), EndpointError> {
+    let wrong = || EndpointError::Malformed(endpoint.to_owned());
+    let uri: http::Uri = endpoint.parse().map_err(|_| wrong())?;
+    let plain = uri.scheme_str() == Some("http") && matches!(uri.path(), "" | "/");
+    let authority = uri.authority().filter(|a| !a.as_str().contains('@'));
+    let authority = authority.ok_or_else(wrong)?;
+    if !plain || uri.query().is_some() || authority.host().is_empty() {
+        return Err(wrong());
+    }
+    // What follows the host is a port, or it is nothing.
+    let port = authority.port_u16();
+    if port.is_none() && authority.as_str() != authority.host() {
+        return Err(wrong());
+    }
+    Ok((authority.host().to_owned(), port))
+}
+
+fn link_local(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}
+
+/// Whether a connection to the address ends on this machine.
+fn is_here(ip: IpAddr) -> bool {
+    ip.is_loopback() || ip.is_unspecified() || UdpSocket::bind((ip, 0)).is_ok()
+}
+
+fn own(address: SocketAddr, forbidden: &[SocketAddr]) -> bool {
+    let canonical = |ip: IpAddr| match ip.to_canonical() {
+        // Connecting to "any" ends at the loopback address.
+        ip if ip.is_unspecified() => None,
+        ip => Some(ip),
+    };
+    let target = canonical(address.ip()).unwrap_or(Ipv4Addr::LOCALHOST.into());
+    forbidden
+        .iter()
+        .filter(|f| f.port() == address.port())
+        .any(|f| canonical(f.ip()).map_or_else(|| is_here(target), |ip| ip == target))
+}
+
+/// Where the endpoint takes requests, and how it is asked for its health.
+async fn resolve(
+    endpoint: &str,
+    assignment: &Assignment,
+    forbidden: &[SocketAddr],
+) -> Result<Target, EndpointError> {
+    let (host, port) = parse(endpoint)?;
+    let version = &assignment.version;
+    let port = port.or(version.inference_port).unwrap_or(80);
+    let bare = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .to_owned();
+    let found = tokio::net::lookup_host((bare, port))
+        .await
+        .map_err(|e| EndpointError::Resolve(endpoint.to_owned(), e))?;
+    let mut first = None;
+    for address in found {
+        if link_local(address.ip()) {
+            return Err(EndpointError::LinkLocal(endpoint.to_owned(), address.ip()));
+        }
+        let health = SocketAddr::new(address.ip(), version.health.port.unwrap_or(port));
+        for used in [address, health] {
+            if own(used, forbidden) {
+                return Err(EndpointError::Own(endpoint.to_owned(), used));
+            }
+        }
+        // Of a name with several addresses, an IPv4 one: most servers have it.
+        if first.is_none_or(|(a, _): (SocketAddr, SocketAddr)| a.is_ipv6() && address.is_ipv4()) {
+            first = Some((address, health));
+        }
+    }
+    let (address, health) = first.ok_or_else(|| EndpointError::NoAddress(endpoint.to_owned()))?;
+    Ok(Target {
+        address,
+        check: Check::new(&version.health, health, format!("{host}:{}", health.port())),
+    })
+}
+
+struct Target {
+    address: SocketAddr,
+    check: Check,
+}
+
+/// Lasts until the instance is stopped.
+pub(super) async fn supervise(
+    node: &Node,
+    assignment: &Assignment,
+    record: &mut Record,
+    orders: &mut Orders,
+) {
+    let endpoint = assignment.endpoint.clone().unwrap_or_default();
+    let mut failures = 0;
+    loop {
+        let target = tokio::select! {
+            order = orders.recv() => match order {
+                None | Some(Order::Stop) => return,
+                Some(Order::Drain) => { record.drain(); continue }
+                Some(Order::Suspect) => continue,
+            },
+            target = resolve(&endpoint, assignment, &node.forbidden) => target,
+        };
+        let target = match target {
+            Ok(target) => target,
+            Err(error) => {
+                record.instance.address = None;
+                record.error(error.to_string());
+                failures += 1;
+                let pause = sleep(backoff(failures + 1));
+                tokio::pin!(pause);
+                loop {
+                    tokio::select! {
+                        order = orders.recv() => match order {
+                            None | Some(Order::Stop) => return,
+                            Some(Order::Drain) => record.drain(),
+                            Some(Order::Suspect) => (),
+                        },
+                        () = &mut pause => break,
+                    }
+                }
+                continue;
+            }
+        };
+        failures = 0;
+        record.instance.address = Some(target.address);
+        record.tell();
+        if become_ready(assignment, record, orders, &target.check)
+            .await
+            .is_none()
+            || stay_ready(record, orders, &target.check).await.is_none()
+        {
+            return;
+        }
+        // Down: its name may mean another address by now.
+    }
+}
+
+/// None: stopped.
+async fn become_ready(
+    assignment: &Assignment,
+    record: &mut Record,
+    orders: &mut Orders,
+    check: &Check,
+) -> Option<()> {
+    let start_timeout = assignment.deployment.start_timeout;
+    let started = Instant::now();
+    let mut probes = Probes::new(check.clone(), started);
+    let mut late = false;
+    loop {
+        tokio::select! {
+            biased;
+            order = orders.recv() => match order {
+                None | Some(Order::Stop) => return None,
+                Some(Order::Drain) => record.drain(),
+                Some(Order::Suspect) => (),
+            },
+            () = probes.passed() => {
+                record.ready();
+                return Some(());
+            }
+            () = tokio::time::sleep_until(started + start_timeout.0), if !late => {
+                late = true;
+                record.error(format!(
+                    "did not become ready within {start_timeout}; last probe: {}",
+                    probes.last
+                ));
+            }
+        }
+    }
+}
+
+/// Some: it is down.
+async fn stay_ready(record: &mut Record, orders: &mut Orders, check: &Check) -> Option<()> {
+    let mut watch = Watch::new(check.clone());
+    loop {
+        tokio::select! {
+            biased;
+            order = orders.recv() => match order {
+                None | Some(Order::Stop) => return None,
+                Some(Order::Drain) => record.drain(),
+                Some(Order::Suspect) => watch.suspect(),
+            },
+            verdict = watch.verdict() => match verdict {
+                Verdict::Well => record.ready(),
+                Verdict::Doubtful(error) => record.error(format!("health check failed: {error}")),
+                Verdict::Ill(error) => {
+                    record.error(format!("health check failed 3 times in a row: {error}"));
+                    return Some(());
+                }
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_are_parsed() {
+        assert_eq!(parse("http://a.b:81").unwrap(), ("a.b".into(), Some(81)));
+        assert_eq!(parse("http://[::1]/").unwrap(), ("[::1]".into(), None));
+        for wrong in [
+            "a:80",
+            "https://a",
+            "http://a/b",
+            "http://u@a",
+            "http://a:",
+            "http://a:99999",
+            "",
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn own_listeners_are_recognised_under_other_names() {
+        let at = |s: &str| s.parse::<SocketAddr>().unwrap();
+        let any = [at("0.0.0.0:8080")];
+        for name in [
+            "127.0.0.1:8080",
+            "127.0.0.9:8080",
+            "0.0.0.0:8080",
+            "[::1]:8080",
+            "[::]:8080",
+            "[::ffff:127.0.0.1]:8080",
+        ] {
+            assert!(own(at(name), &any), "{name}");
+        }
+        assert!(!own(at("127.0.0.1:8081"), &any));
+        assert!(!own(at("192.0.2.1:8080"), &any));
+        let one = [at("127.0.0.1:8080")];
+        assert!(own(at("0.0.0.0:8080"), &one) && !own(at("127.0.0.2:8080"), &one));
+        assert!(link_local("169.254.169.254".parse().unwrap()));
+        assert!(link_local("::ffff:169.254.1.1".parse().unwrap()));
+        assert!(link_local("fe80::1".parse().unwrap()));
+    }
+}

@@ -1,0 +1,317 @@
+//! Asks instances how they are. [`Probes`] while one starts: often, and
+//! overlapping, so that a probe that hangs does not delay the next. [`Watch`]
+//! from then on.
+
+use std::{future::poll_fn, net::SocketAddr, pin::Pin, task::Poll, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, StatusCode, header};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep_until, timeout},
+};
+
+use crate::model::Health;
+
+/// In flight at a time while an instance starts.
+const OVERLAP: usize = 6;
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+const DOUBT_EVERY: Duration = Duration::from_millis(100);
+/// A proxy that could not connect is waiting for this answer.
+const SUSPECT_TIMEOUT: Duration = Duration::from_secs(1);
+const MISSES: u32 = 3;
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum ProbeError {
+    #[error("not asked yet")]
+    NotAsked,
+    #[error("connection refused")]
+    Refused,
+    #[error("cannot connect: {0}")]
+    Connect(String),
+    #[error("status {0}")]
+    Status(u16),
+    #[error("timed out after {0:?}")]
+    TimedOut(Duration),
+    #[error("no HTTP answer: {0}")]
+    Http(String),
+    #[error("the health check is not a valid request: {0}")]
+    Request(String),
+}
+
+/// One instance's health check.
+#[derive(Clone, Debug)]
+pub(super) struct Check {
+    pub(super) address: SocketAddr,
+    host: String,
+    uri: String,
+    expected: u16,
+    timeout: Duration,
+}
+
+type Probe = Pin<Box<dyn Future<Output = Result<(), ProbeError>> + Send>>;
+
+impl Check {
+    pub(super) fn new(health: &Health, address: SocketAddr, host: String) -> Self {
+        Self {
+            address,
+            host,
+            uri: match health.uri.starts_with('/') {
+                true => health.uri.clone(),
+                false => format!("/{}", health.uri),
+            },
+            expected: health.expected_status_code,
+            timeout: health.timeout.0.max(Duration::from_millis(1)),
+        }
+    }
+
+    fn probe(&self, limit: Duration) -> Probe {
+        let check = self.clone();
+        Box::pin(async move {
+            timeout(limit, check.ask())
+                .await
+                .unwrap_or(Err(ProbeError::TimedOut(limit)))
+        })
+    }
+
+    async fn ask(&self) -> Result<(), ProbeError> {
+        let request = Request::get(&self.uri)
+            .header(header::HOST, &self.host)
+            .header(header::USER_AGENT, "weir-agent")
+            .header(header::CONNECTION, "close")
+            .body(Empty::<Bytes>::new())
+            .map_err(|e| ProbeError::Request(e.to_string()))?;
+        let stream = TcpStream::connect(self.address).await.map_err(|e| {
+            match e.kind() == std::io::ErrorKind::ConnectionRefused {
+                true => ProbeError::Refused,
+                false => ProbeError::Connect(e.to_string()),
+            }
+        })?;
+        drop(stream.set_nodelay(true));
+        let http = |e: hyper::Error| ProbeError::Http(e.to_string());
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(http)?;
+        let mut connection = Box::pin(connection);
+        let mut answer = Box::pin(sender.send_request(request));
+        // A connection may end in the same breath as it delivers the answer.
+        let mut open = true;
+        let response = loop {
+            tokio::select! {
+                biased;
+                response = &mut answer => break response.map_err(http)?,
+                _ = &mut connection, if open => open = false,
+            }
+        };
+        let status = response.status();
+        // The status is the answer; the rest is read so that the server is not
+        // told of a broken connection, a little of it and for a little while.
+        tokio::spawn(timeout(Duration::from_secs(1), async move {
+            let body = Limited::new(response.into_body(), 64 << 10).collect();
+            tokio::select! {
+                _ = body => (),
+                _ = connection, if open => (),
+            }
+        }));
+        if StatusCode::from_u16(self.expected).is_ok_and(|expected| expected == status) {
+            Ok(())
+        } else {
+            Err(ProbeError::Status(status.as_u16()))
+        }
+    }
+}
+
+/// Time between probes, so long after the start: an instance that becomes
+/// ready is noticed within 20 ms in the first 10 s, then within 2% of the time
+/// since its start, and within a second at most.
+fn interval(since: Duration) -> Duration {
+    if since < Duration::from_secs(10) {
+        return Duration::from_millis(10);
+    }
+    since
+        .mul_f64(0.015)
+        .clamp(Duration::from_millis(10), Duration::from_millis(900))
+}
+
+/// Which probe to give up for a new one, of these starts in order. The oldest
+/// stays (it is first in a queue that has formed), and so do others at growing
+/// distances, so that one that takes long has its chance too.
+fn victim(starts: &[Instant], now: Instant) -> usize {
+    let age = |at: usize| now.saturating_duration_since(starts[at]).as_secs_f64() + 1e-6;
+    (1..starts.len().saturating_sub(1))
+        .min_by(|&a, &b| (age(a - 1) / age(a + 1)).total_cmp(&(age(b - 1) / age(b + 1))))
+        .unwrap_or(0)
+}
+
+/// Probes of an instance that starts.
+pub(super) struct Probes {
+    check: Check,
+    started: Instant,
+    next: Instant,
+    flight: Vec<(Instant, Probe)>,
+    pub(super) last: ProbeError,
+}
+
+impl Probes {
+    pub(super) fn new(check: Check, started: Instant) -> Self {
+        Self {
+            check,
+            started,
+            next: started,
+            flight: Vec::new(),
+            last: ProbeError::NotAsked,
+        }
+    }
+
+    /// Ends when one passes. May be dropped and called again.
+    pub(super) async fn passed(&mut self) {
+        loop {
+            let landed = poll_fn(|cx| {
+                for at in 0..self.flight.len() {
+                    if let Poll::Ready(result) = self.flight[at].1.as_mut().poll(cx) {
+                        drop(self.flight.remove(at));
+                        return Poll::Ready(result);
+                    }
+                }
+                Poll::Pending
+            });
+            tokio::select! {
+                biased;
+                result = landed => match result {
+                    Ok(()) => return self.clear(),
+                    Err(error) => self.last = error,
+                },
+                () = sleep_until(self.next) => self.launch(),
+            }
+        }
+    }
+
+    /// Gives up what is in flight: a connection nobody attends to could hold
+    /// up a server that serves one at a time.
+    pub(super) fn clear(&mut self) {
+        self.flight.clear();
+    }
+
+    fn launch(&mut self) {
+        let now = Instant::now();
+        self.next = now + interval(now - self.started);
+        if self.flight.len() >= OVERLAP {
+            let starts: Vec<Instant> = self.flight.iter().map(|(at, _)| *at).collect();
+            drop(self.flight.remove(victim(&starts, now)));
+            self.last = ProbeError::TimedOut(now - starts[0]);
+        }
+        self.flight
+            .push((now, self.check.probe(self.check.timeout)));
+    }
+}
+
+/// What a [`Watch`] says.
+#[derive(Clone, Debug)]
+pub(super) enum Verdict {
+    Well,
+    /// A proxy's suspicion is right.
+    Doubtful(ProbeError),
+    /// Failed several times in a row.
+    Ill(ProbeError),
+}
+
+/// Asks an instance that was ready, every second.
+pub(super) struct Watch {
+    check: Check,
+    next: Instant,
+    flight: Option<Probe>,
+    suspected: bool,
+    misses: u32,
+}
+
+impl Watch {
+    pub(super) fn new(check: Check) -> Self {
+        Self {
+            check,
+            next: Instant::now() + WATCH_EVERY,
+            flight: None,
+            suspected: false,
+            misses: 0,
+        }
+    }
+
+    /// A proxy could not connect: ask now.
+    pub(super) fn suspect(&mut self) {
+        if !self.suspected {
+            self.suspected = true;
+            self.flight = Some(self.check.probe(self.check.timeout.min(SUSPECT_TIMEOUT)));
+        }
+    }
+
+    /// May be dropped and called again.
+    pub(super) async fn verdict(&mut self) -> Verdict {
+        loop {
+            let Some(probe) = &mut self.flight else {
+                sleep_until(self.next).await;
+                self.flight = Some(self.check.probe(self.check.timeout));
+                continue;
+            };
+            let result = probe.await;
+            self.flight = None;
+            let suspected = std::mem::take(&mut self.suspected);
+            let Err(error) = result else {
+                self.misses = 0;
+                self.next = Instant::now() + WATCH_EVERY;
+                return Verdict::Well;
+            };
+            self.misses += 1;
+            self.next = Instant::now()
+                + match suspected {
+                    true => DOUBT_EVERY,
+                    false => WATCH_EVERY,
+                };
+            if self.misses >= MISSES {
+                return Verdict::Ill(error);
+            }
+            if suspected {
+                return Verdict::Doubtful(error);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probes_come_often_enough() {
+        let mut since = Duration::ZERO;
+        while since < Duration::from_secs(600) {
+            let gap = interval(since);
+            let bound = match since < Duration::from_secs(10) {
+                true => Duration::from_millis(20),
+                false => since.mul_f64(0.02).min(Duration::from_secs(1)),
+            };
+            assert!(gap < bound, "{since:?}: {gap:?}");
+            since += gap;
+        }
+    }
+
+    #[test]
+    fn old_probes_thin_out_and_some_live_long() {
+        let zero = Instant::now();
+        let mut starts = Vec::new();
+        for n in 0..200_u32 {
+            let now = zero + Duration::from_millis(10) * n;
+            if starts.len() >= OVERLAP {
+                starts.remove(victim(&starts, now));
+            }
+            starts.push(now);
+        }
+        assert_eq!(starts[0], zero);
+        let ages: Vec<_> = starts.iter().map(|s| starts[OVERLAP - 1] - *s).collect();
+        // Someone between a twentieth and four fifths of the oldest's age.
+        assert!(
+            ages.iter().any(|a| (100..1600).contains(&a.as_millis())),
+            "{ages:?}"
+        );
+    }
+}

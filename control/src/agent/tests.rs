@@ -1,0 +1,665 @@
+//! An agent with real processes.
+
+use std::{
+    collections::BTreeSet,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    time::Instant,
+};
+
+use tokio::sync::mpsc::unbounded_channel;
+
+use super::*;
+use crate::model::*;
+
+/// Answers `STATUS` to everything; `/die` exits, `/close` stops listening;
+/// hangs on its first `HANG` connections.
+const SERVER: &str = r#"
+import os, socket, sys, time
+status, hang, held = os.environ.get("STATUS", "200"), int(os.environ.get("HANG", "0")), []
+print("hello", flush=True)
+s = socket.socket()
+s.bind(("127.0.0.1", int(os.environ["PORT"])))
+s.listen(128)
+while True:
+    c, _ = s.accept()
+    if len(held) < hang:
+        held.append(c)
+        continue
+    try:
+        head = c.recv(65536).split(b" ")
+    except OSError:
+        continue
+    path = head[1] if len(head) > 1 else b""
+    if path == b"/die":
+        print("dying", file=sys.stderr, flush=True)
+        os._exit(3)
+    if path == b"/close":
+        s.close()
+        c.close()
+        time.sleep(1000)
+    try:
+        c.sendall(b"HTTP/1.1 " + status.encode() + b" X\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
+    except OSError:
+        pass
+    c.close()
+"#;
+
+struct Rig {
+    agent: Agent,
+    reports: UnboundedReceiver<Report>,
+    dir: tempfile::TempDir,
+}
+
+fn config(dir: &Path) -> AgentConfig {
+    // Apart from other tests' ports, whichever process they run in.
+    let first = 20_000 + rand::random_range(0..100_u16) * 100;
+    AgentConfig {
+        node: "n1".into(),
+        data_dir: dir.into(),
+        ports: first..=first + 99,
+        user: None,
+        gpus: crate::gpu::parse_declared("H100:1").unwrap(),
+        forbidden: vec!["0.0.0.0:9".parse().unwrap()],
+        kill_after: Duration::from_millis(500),
+    }
+}
+
+fn rig() -> Rig {
+    rig_with(|_| ())
+}
+
+fn rig_with(change: impl FnOnce(&mut AgentConfig)) -> Rig {
+    let dir = tempfile::tempdir().unwrap();
+    let (sender, reports) = unbounded_channel();
+    let mut config = config(dir.path());
+    change(&mut config);
+    let agent = Agent::start(config, sender).unwrap();
+    Rig {
+        agent,
+        reports,
+        dir,
+    }
+}
+
+fn assignment(launch: Launch) -> Assignment {
+    let now = jiff::Timestamp::UNIX_EPOCH;
+    let version = Version {
+        function: FunctionId::random(),
+        id: VersionId::random(),
+        account: AccountId::default_account(),
+        name: "echo".into(),
+        description: String::new(),
+        inference_url: "/".into(),
+        inference_port: None,
+        health: Health {
+            protocol: HealthProtocol::HTTP,
+            uri: "/health".into(),
+            port: None,
+            timeout: IsoDuration::secs(5),
+            expected_status_code: 200,
+        },
+        launch,
+        tags: vec![],
+        rate_limit: None,
+        kept: Default::default(),
+        created_at: now,
+    };
+    let specification = GpuSpecification {
+        id: GpuSpecificationId::random(),
+        gpu: "none".into(),
+        instance_type: "none".into(),
+        min_instances: 1,
+        max_instances: 1,
+        max_request_concurrency: 3,
+        kept: Default::default(),
+    };
+    let deployment = Deployment {
+        id: DeploymentId::random(),
+        function: version.function,
+        version: version.id,
+        autoscaling: Default::default(),
+        queue: Default::default(),
+        routing: Default::default(),
+        traffic_weight: None,
+        start_timeout: IsoDuration::secs(20),
+        drain_timeout: IsoDuration::secs(20),
+        cancel_timeout: IsoDuration::secs(5),
+        created_at: now,
+        updated_at: now,
+        undeploying: false,
+        specifications: vec![specification.clone()],
+    };
+    Assignment {
+        instance: InstanceId::random(),
+        version: Arc::new(version),
+        deployment: Arc::new(deployment),
+        specification: specification.id,
+        endpoint: None,
+    }
+}
+
+fn process(command: &[&str], env: &[(&str, &str)]) -> Assignment {
+    assignment(Launch::Process(ProcessSpec {
+        command: command.iter().map(|s| (*s).to_owned()).collect(),
+        env: env
+            .iter()
+            .map(|(key, value)| EnvVar {
+                key: (*key).into(),
+                value: (*value).into(),
+            })
+            .collect(),
+        working_dir: None,
+    }))
+}
+
+fn server(env: &[(&str, &str)]) -> Assignment {
+    process(&["python3", "-c", SERVER], env)
+}
+
+fn endpoint(url: String) -> Assignment {
+    let mut assignment = assignment(Launch::Endpoints(vec![url.clone()]));
+    assignment.endpoint = Some(url);
+    assignment
+}
+
+impl Rig {
+    async fn next(&mut self) -> Report {
+        tokio::time::timeout(Duration::from_secs(30), self.reports.recv())
+            .await
+            .expect("a report in time")
+            .unwrap()
+    }
+
+    async fn until(&mut self, wanted: impl Fn(&Instance) -> bool) -> Instance {
+        let mut seen = Vec::new();
+        loop {
+            let next = tokio::time::timeout(Duration::from_secs(30), self.reports.recv()).await;
+            match next {
+                Ok(Some(Report::Changed(instance))) if wanted(&instance) => return instance,
+                Ok(Some(other)) => seen.push(other),
+                _ => panic!("no such report among {seen:#?}"),
+            }
+        }
+    }
+
+    async fn ready(&mut self) -> Instance {
+        self.until(|i| i.state == InstanceState::Ready).await
+    }
+
+    async fn failed(&mut self) -> String {
+        let instance = self.until(|i| i.state == InstanceState::Error).await;
+        instance.error.unwrap()
+    }
+
+    async fn gone(&mut self, id: InstanceId) {
+        while self.next().await != Report::Gone(id) {}
+    }
+}
+
+/// Polls, with a deadline.
+async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < Duration::from_secs(20), "never: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn call(address: SocketAddr, path: &str) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let _ = stream.read_to_end(&mut Vec::new());
+}
+
+/// Running processes with this in their environment or command.
+fn marked(file: &str, mark: &str) -> usize {
+    let own = std::process::id().to_string();
+    fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter(|e| e.file_name() != *own)
+        .filter(|e| {
+            let text = fs::read(e.path().join(file)).unwrap_or_default();
+            text.windows(mark.len()).any(|w| w == mark.as_bytes())
+        })
+        .count()
+}
+
+#[tokio::test]
+async fn a_process_becomes_ready_and_goes() {
+    let mut rig = rig();
+    let a = server(&[]);
+    rig.agent.run(a.clone());
+    rig.agent.run(a.clone());
+    let ready = rig.ready().await;
+    assert_eq!(
+        (ready.id, ready.capacity, ready.restarts),
+        (a.instance, 3, 0)
+    );
+    assert!(ready.pid.is_some() && ready.error.is_none());
+    assert!(ready.first_healthy_at.unwrap() > ready.spawned_at.unwrap());
+    call(ready.address.unwrap(), "/");
+    assert_eq!(rig.agent.logs(a.instance, 10).unwrap(), "hello\n");
+    rig.agent.drain(a.instance);
+    rig.until(|i| i.state == InstanceState::Draining).await;
+    call(ready.address.unwrap(), "/");
+    rig.agent.stop(a.instance);
+    rig.gone(a.instance).await;
+    assert!(!Path::new(&format!("/proc/{}", ready.pid.unwrap())).exists());
+    assert_eq!(rig.agent.logs(a.instance, 10).unwrap(), "hello\n");
+    // Once more: it is gone still.
+    rig.agent.stop(a.instance);
+    rig.gone(a.instance).await;
+}
+
+#[tokio::test]
+async fn the_environment_is_what_is_specified() {
+    let mut rig = rig();
+    let script = "tr '\\0' '\\n' </proc/self/environ; echo END; id -u; id -G; pwd; cut -d' ' -f5 /proc/$$/stat; echo $$; exec sleep 1000";
+    let env = [
+        ("A", "b c"),
+        ("PORT", "1"),
+        ("WEIR_AGENT", "x"),
+        ("PORT=1", "x"),
+        ("LANG", "de"),
+    ];
+    let a = process(&["sh", "-c", script], &env);
+    rig.agent.run(a.clone());
+    let port = rig.until(|i| i.pid.is_some()).await.address.unwrap().port();
+    let log = || rig.agent.logs(a.instance, 100).unwrap_or_default();
+    eventually("all lines", || {
+        log().lines().skip_while(|l| *l != "END").count() == 6
+    })
+    .await;
+    let log = log();
+    let (environ, rest) = log.split_once("END\n").unwrap();
+    let entries: BTreeSet<(&str, &str)> =
+        environ.lines().filter_map(|l| l.split_once('=')).collect();
+    // The shell adds PWD for its children, and some shells more.
+    let shell = ["PWD", "OLDPWD", "SHLVL", "_"];
+    let keys: Vec<&str> = entries
+        .iter()
+        .map(|(k, _)| *k)
+        .filter(|k| !shell.contains(k))
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "A",
+            "CUDA_VISIBLE_DEVICES",
+            "HOME",
+            "LANG",
+            "NVCF_BACKEND",
+            "NVCF_ENV",
+            "NVCF_FUNCTION_ID",
+            "NVCF_FUNCTION_NAME",
+            "NVCF_FUNCTION_VERSION_ID",
+            "NVCF_INSTANCETYPE",
+            "NVCF_NCA_ID",
+            "NVCF_REGION",
+            "PATH",
+            "PORT",
+            "TMPDIR",
+            "WEIR_AGENT",
+            "WEIR_INSTANCE_ID",
+        ]
+    );
+    for (key, value) in [
+        ("A", "b c"),
+        ("CUDA_VISIBLE_DEVICES", ""),
+        ("LANG", "de"),
+        ("PORT", &port.to_string()),
+        ("NVCF_FUNCTION_ID", &a.version.function.to_string()),
+        ("NVCF_NCA_ID", "default"),
+        ("WEIR_INSTANCE_ID", &a.instance.to_string()),
+    ] {
+        assert!(entries.contains(&(key, value)), "{key}: {entries:?}");
+    }
+    let rest: Vec<&str> = rest.lines().collect();
+    if spawn::is_root() {
+        let nobody = spawn::user("nobody").unwrap();
+        assert_eq!(rest[0], nobody.uid.to_string());
+        assert_eq!(rest[1], nobody.gid.to_string());
+    } else {
+        assert_eq!(
+            rest[2],
+            rig.dir.path().canonicalize().unwrap().to_str().unwrap()
+        );
+    }
+    assert_eq!(rest[3], rest[4], "a process group of its own");
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_port_that_never_opens_is_an_error() {
+    let mut rig = rig();
+    let mut a = process(&["sleep", "1000"], &[]);
+    Arc::make_mut(&mut a.deployment).start_timeout = IsoDuration(Duration::from_millis(150));
+    rig.agent.run(a.clone());
+    let error = rig.failed().await;
+    assert_eq!(
+        error,
+        "did not become ready within PT0.15S; last probe: connection refused"
+    );
+    rig.agent.shutdown().await;
+    rig.gone(a.instance).await;
+}
+
+#[tokio::test]
+async fn health_with_another_status_is_an_error() {
+    let mut rig = rig();
+    let mut a = server(&[("STATUS", "500")]);
+    Arc::make_mut(&mut a.deployment).start_timeout = IsoDuration(Duration::from_millis(1500));
+    rig.agent.run(a);
+    let error = rig.until(|i| i.restarts == 1).await.error.unwrap();
+    assert_eq!(
+        error,
+        "did not become ready within PT1.5S; last probe: status 500; last log line: hello"
+    );
+    rig.agent.shutdown().await;
+}
+
+/// Answers 200 to everything until the process ends or it is told to stop.
+fn stand_in() -> (SocketAddr, tokio::task::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    (address, tokio::spawn(stand_in_on(listener)))
+}
+
+async fn stand_in_on(listener: TcpListener) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+    loop {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let _ = stream.read(&mut [0; 4096]).await;
+        let _ = stream
+            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn a_stranger_on_the_port_is_an_error() {
+    let mut rig = rig();
+    let (address, _stranger) = stand_in();
+    let mut a = process(&["sleep", "1000"], &[]);
+    Arc::make_mut(&mut a.version).inference_port = Some(address.port());
+    rig.agent.run(a);
+    let port = address.port();
+    let error = format!("port {port} is held by a process that is not this instance's");
+    assert_eq!(rig.failed().await, error);
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_crash_restarts_with_another_port() {
+    let mut rig = rig();
+    let a = server(&[]);
+    rig.agent.run(a.clone());
+    let first = rig.ready().await;
+    call(first.address.unwrap(), "/die");
+    let down = rig.until(|i| i.state != InstanceState::Ready).await;
+    assert_eq!(down.state, InstanceState::Starting);
+    let error = rig.until(|i| i.restarts == 1).await.error.unwrap();
+    assert_eq!(error, "exited with status 3; last log line: dying");
+    let second = rig.ready().await;
+    assert_ne!(first.pid, second.pid);
+    assert_ne!(first.address, second.address);
+    assert_eq!((second.id, second.restarts), (a.instance, 1));
+    call(second.address.unwrap(), "/die");
+    let began = Instant::now();
+    rig.until(|i| i.restarts == 2).await;
+    rig.until(|i| i.pid.is_some()).await;
+    assert!(began.elapsed() >= Duration::from_millis(150));
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_crash_loop_becomes_an_error() {
+    let mut rig = rig();
+    let a = process(&["sh", "-c", "echo boom; echo; exit 7"], &[]);
+    rig.agent.run(a);
+    let failed = rig.until(|i| i.state == InstanceState::Error).await;
+    assert_eq!(failed.restarts, 3);
+    assert_eq!(
+        failed.error.unwrap(),
+        "exited with status 7; last log line: boom"
+    );
+    assert_eq!((failed.pid, failed.address), (None, None));
+    // It goes on trying, and stays an error meanwhile.
+    assert_eq!(
+        rig.until(|i| i.pid.is_some()).await.state,
+        InstanceState::Error
+    );
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_program_that_is_not_there_is_an_error_at_once() {
+    let mut rig = rig();
+    rig.agent.run(process(&["/no/such/program"], &[]));
+    let failed = rig.until(|i| i.state == InstanceState::Error).await;
+    assert_eq!(failed.restarts, 1);
+    let error = failed.error.unwrap();
+    assert!(
+        error.starts_with("cannot start '/no/such/program': No such file"),
+        "{error}"
+    );
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_user_that_is_not_there_is_named() {
+    let mut rig = rig_with(|c| c.user = Some("no-such-user".into()));
+    rig.agent.run(process(&["sleep", "1000"], &[]));
+    if spawn::is_root() {
+        let error = rig.failed().await;
+        assert!(
+            error.contains("the user 'no-such-user'") && error.contains("does not exist"),
+            "{error}"
+        );
+    }
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_whole_group_dies_on_stop() {
+    let mut rig = rig();
+    let script = format!(
+        "sleep 1000 & (trap '' TERM; sleep 1000; sleep 1000) & setsid sleep 1000 & exec python3 -c '{SERVER}'"
+    );
+    let a = process(&["sh", "-c", &script], &[]);
+    rig.agent.run(a.clone());
+    rig.ready().await;
+    let mark = format!("WEIR_INSTANCE_ID={}", a.instance);
+    eventually("all are there", || marked("environ", &mark) >= 5).await;
+    rig.agent.stop(a.instance);
+    rig.gone(a.instance).await;
+    assert_eq!(marked("environ", &mark), 0);
+}
+
+/// Not a test by itself: the agent that the next test kills.
+#[tokio::test]
+async fn agent_to_be_killed() {
+    let Some(dir) = std::env::var_os("AGENT_TO_BE_KILLED") else {
+        return;
+    };
+    let (sender, reports) = unbounded_channel();
+    let mut rig = Rig {
+        agent: Agent::start(config(Path::new(&dir)), sender).unwrap(),
+        reports,
+        dir: tempfile::tempdir().unwrap(),
+    };
+    let script = format!("setsid sleep 1000 & exec python3 -c '{SERVER}'");
+    let a = process(&["sh", "-c", &script], &[]);
+    rig.agent.run(a.clone());
+    let ready = rig.ready().await;
+    fs::write(
+        Path::new(&dir).join("said.new"),
+        format!("{} {}", ready.pid.unwrap(), a.instance),
+    )
+    .unwrap();
+    fs::rename(
+        Path::new(&dir).join("said.new"),
+        Path::new(&dir).join("said"),
+    )
+    .unwrap();
+    std::future::pending::<()>().await;
+}
+
+#[tokio::test]
+async fn a_killed_agent_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "agent::tests::agent_to_be_killed"])
+        .env("AGENT_TO_BE_KILLED", dir.path())
+        .stdout(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let said = dir.path().join("said");
+    eventually("it runs", || said.exists()).await;
+    let said = fs::read_to_string(said).unwrap();
+    let (pid, instance) = said.split_once(' ').unwrap();
+    let mark = format!("WEIR_INSTANCE_ID={instance}");
+    assert!(matches!(
+        Agent::start(config(dir.path()), unbounded_channel().0),
+        Err(AgentError::InUse { .. })
+    ));
+    // Another agent on the machine leaves them alone.
+    let other = rig();
+    other.agent.shutdown().await;
+    assert!(marked("environ", &mark) >= 2);
+    agent.kill().await.unwrap();
+    let pid: i32 = pid.parse().unwrap();
+    eventually("the child is dead", || !procs::group_alive(pid)).await;
+    assert_eq!(marked("environ", &mark), 1, "what left the group survives");
+    let (sender, reports) = unbounded_channel();
+    let agent = Agent::start(config(dir.path()), sender).unwrap();
+    eventually("that is dead too", || marked("environ", &mark) == 0).await;
+    drop((agent, reports));
+}
+
+#[tokio::test]
+async fn a_suspected_process_leaves_ready_and_restarts() {
+    let mut rig = rig();
+    let a = server(&[]);
+    rig.agent.run(a.clone());
+    let first = rig.ready().await;
+    // A suspicion that is wrong changes nothing.
+    rig.agent.suspect(a.instance);
+    call(first.address.unwrap(), "/close");
+    let began = Instant::now();
+    rig.agent.suspect(a.instance);
+    // Refused, or reset if the first suspicion's probe was under way.
+    let error = rig.failed().await;
+    assert!(error.starts_with("health check failed: "), "{error}");
+    assert!(began.elapsed() < Duration::from_millis(500));
+    let second = rig.ready().await;
+    assert_ne!(first.pid, second.pid);
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_probe_that_hangs_does_not_delay_the_next() {
+    let mut rig = rig();
+    let a = server(&[("HANG", "20")]);
+    rig.agent.run(a);
+    let ready = rig.ready().await;
+    let took = ready
+        .first_healthy_at
+        .unwrap()
+        .duration_since(ready.spawned_at.unwrap());
+    assert!(took.as_millis() < 3000, "{took:?}");
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn endpoints_are_ready_and_down() {
+    let mut rig = rig();
+    let (address, server) = stand_in();
+    let a = endpoint(format!("http://{address}"));
+    rig.agent.run(a.clone());
+    let ready = rig.ready().await;
+    assert_eq!((ready.address, ready.pid), (Some(address), None));
+    server.abort();
+    assert!(server.await.is_err());
+    rig.agent.suspect(a.instance);
+    assert_eq!(
+        rig.failed().await,
+        "health check failed: connection refused"
+    );
+    let listener = TcpListener::bind(address).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let server = tokio::spawn(stand_in_on(listener));
+    rig.ready().await;
+    server.abort();
+    // Without a suspicion, its health check says so.
+    let error = rig.failed().await;
+    assert!(
+        error.starts_with("health check failed 3 times in a row"),
+        "{error}"
+    );
+    rig.agent.stop(a.instance);
+    rig.gone(a.instance).await;
+}
+
+#[tokio::test]
+async fn endpoints_that_must_not_be_named_are_refused() {
+    let mut rig = rig();
+    for (url, why) in [
+        ("http://169.254.169.254:80", "link-local"),
+        ("http://[fe80::1]:80", "link-local"),
+        ("http://127.0.0.1:9", "Weir's own listeners"),
+        ("ftp://x", "not an endpoint"),
+    ] {
+        let a = endpoint(url.to_owned());
+        rig.agent.run(a.clone());
+        let error = rig.failed().await;
+        assert!(error.contains(why), "{error}");
+        rig.agent.stop(a.instance);
+        rig.gone(a.instance).await;
+    }
+}
+
+#[tokio::test]
+async fn devices_are_leased_and_waited_for() {
+    let mut rig = rig();
+    let with_gpu = || {
+        let mut a = server(&[]);
+        let deployment = Arc::make_mut(&mut a.deployment);
+        deployment.specifications[0].gpu = "H100".into();
+        a
+    };
+    let (a, b) = (with_gpu(), with_gpu());
+    rig.agent.run(a.clone());
+    assert_eq!(rig.ready().await.gpus, [0]);
+    rig.agent.run(b.clone());
+    assert_eq!(
+        rig.failed().await,
+        "no free GPU of type H100 on node n1 (have H100: 0 of 1 free)"
+    );
+    rig.agent.stop(a.instance);
+    let ready = rig.ready().await;
+    assert_eq!((ready.id, ready.gpus), (b.instance, vec![0]));
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_draining_process_that_ends_is_gone() {
+    let mut rig = rig();
+    let a = server(&[]);
+    rig.agent.run(a.clone());
+    let ready = rig.ready().await;
+    rig.agent.drain(a.instance);
+    rig.until(|i| i.state == InstanceState::Draining).await;
+    call(ready.address.unwrap(), "/die");
+    rig.gone(a.instance).await;
+}

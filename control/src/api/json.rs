@@ -1,0 +1,199 @@
+//! Bodies, path names and queries, read strictly: what is wrong is named.
+
+use std::{collections::HashSet, fmt};
+
+use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
+use http::{header, request::Parts};
+use serde::{
+    Deserializer,
+    de::{DeserializeOwned, DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor},
+};
+use serde_json::Value;
+
+use super::problem::Problem;
+use crate::model::{FunctionId, VersionId};
+
+/// Longest body, in bytes.
+const LIMIT: usize = 1 << 20;
+
+/// A JSON body.
+pub(crate) struct Body<T>(pub(crate) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+        if let Some(kind) = request.headers().get(header::CONTENT_TYPE) {
+            let kind = kind.to_str().unwrap_or_default();
+            let essence = kind.split(';').next().unwrap_or_default().trim();
+            let essence = essence.to_ascii_lowercase();
+            if essence != "application/json" && !essence.ends_with("+json") {
+                return Err(Problem::bad(format!(
+                    "the body is '{kind}': send JSON, with 'Content-Type: application/json'"
+                )));
+            }
+        }
+        let bytes = axum::body::to_bytes(request.into_body(), LIMIT)
+            .await
+            .map_err(|error| {
+                let over = std::error::Error::source(&error)
+                    .is_some_and(|e| e.is::<http_body_util::LengthLimitError>());
+                if over {
+                    Problem::too_large("the body is over 1 MiB (1048576 bytes), the limit here")
+                } else {
+                    Problem::bad("the body broke off: send it again")
+                }
+            })?;
+        parse(&bytes).map(Self)
+    }
+}
+
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let value = Unique
+        .deserialize(&mut deserializer)
+        .and_then(|value| deserializer.end().map(|()| value))
+        .map_err(|error| Problem::bad(format!("the body is not valid JSON: {error}")))?;
+    if !value.is_object() {
+        return Err(Problem::bad("the body has to be a JSON object"));
+    }
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        Problem::bad(if path == "." {
+            inner.to_string()
+        } else {
+            format!("{path}: {inner}")
+        })
+    })
+}
+
+/// Any JSON value; a name that comes twice in one object is an error, a `null` member is absent.
+struct Unique;
+
+impl<'de> DeserializeSeed<'de> for Unique {
+    type Value = Value;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Unique {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+    fn visit_bool<E>(self, v: bool) -> Result<Value, E> {
+        Ok(v.into())
+    }
+    fn visit_i64<E>(self, v: i64) -> Result<Value, E> {
+        Ok(v.into())
+    }
+    fn visit_u64<E>(self, v: u64) -> Result<Value, E> {
+        Ok(v.into())
+    }
+    fn visit_f64<E>(self, v: f64) -> Result<Value, E> {
+        Ok(v.into())
+    }
+    fn visit_str<E>(self, v: &str) -> Result<Value, E> {
+        Ok(v.into())
+    }
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut all = Vec::new();
+        while let Some(value) = seq.next_element_seed(Unique)? {
+            all.push(value);
+        }
+        Ok(Value::Array(all))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut seen = HashSet::new();
+        let mut members = serde_json::Map::new();
+        while let Some(name) = map.next_key::<String>()? {
+            let value = map.next_value_seed(Unique)?;
+            if !seen.insert(name.clone()) {
+                return Err(A::Error::custom(format!("the member '{name}' comes twice")));
+            }
+            if !value.is_null() {
+                members.insert(name, value);
+            }
+        }
+        Ok(Value::Object(members))
+    }
+}
+
+/// The names in a path.
+pub(crate) struct Names(Vec<(String, String)>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Names {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let names = RawPathParams::from_request_parts(parts, state)
+            .await
+            .map_err(|_| Problem::bad("the path is not valid UTF-8"))?;
+        Ok(Self(
+            names
+                .iter()
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect(),
+        ))
+    }
+}
+
+impl Names {
+    pub(crate) fn find(&self, name: &str) -> Option<&str> {
+        let found = self.0.iter().find(|(n, _)| n == name);
+        found.map(|(_, value)| value.as_str())
+    }
+    pub(crate) fn id<T: std::str::FromStr>(&self, name: &str) -> Result<T, Problem> {
+        let given = self.find(name).unwrap_or_default();
+        uuid(name, given)
+    }
+    pub(crate) fn function(&self) -> Result<FunctionId, Problem> {
+        self.id("functionId")
+    }
+    pub(crate) fn version(&self) -> Result<(FunctionId, VersionId), Problem> {
+        Ok((self.id("functionId")?, self.id("functionVersionId")?))
+    }
+}
+
+fn uuid<T: std::str::FromStr>(name: &str, given: &str) -> Result<T, Problem> {
+    given
+        .parse()
+        .map_err(|_| Problem::bad(format!("{name}: '{given}' is not a UUID")))
+}
+
+/// The query, as pairs: names may repeat.
+pub(crate) struct Pairs(Vec<(String, String)>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Pairs {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        Query::try_from_uri(&parts.uri)
+            .map(|Query(pairs)| Self(pairs))
+            .map_err(|error| Problem::bad(format!("the query can't be read: {error}")))
+    }
+}
+
+impl Pairs {
+    pub(crate) fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        let given = self.0.iter().filter(move |(n, _)| n == name);
+        given.map(|(_, value)| value.as_str())
+    }
+    pub(crate) fn id<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, Problem> {
+        self.all(name).next().map(|v| uuid(name, v)).transpose()
+    }
+    pub(crate) fn flag(&self, name: &str) -> Result<bool, Problem> {
+        match self.all(name).next() {
+            None => Ok(false),
+            Some(v) if v.eq_ignore_ascii_case("true") => Ok(true),
+            Some(v) if v.eq_ignore_ascii_case("false") => Ok(false),
+            Some(v) => Err(Problem::bad(format!(
+                "{name}: '{v}' is neither true nor false"
+            ))),
+        }
+    }
+}

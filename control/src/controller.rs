@@ -1,0 +1,485 @@
+//! Brings what is so towards what was asked for: how many instances each
+//! deployment gets, which start, which stop.
+//!
+//! One task, driven by events: a change of a function, a demand signal from
+//! the request path, a report of an agent, and a tick for the versions that
+//! are awake. The decision is [`scale::decide`], a pure function; this module
+//! only carries it out. It is the single writer of instance counts.
+//!
+//! Scaling in never kills work: an instance is taken out of its queue only
+//! while idle, under the queue's lock, and is stopped after that.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    agent::{Agent, Assignment, Report},
+    directory::{Directory, VersionView, record},
+    model::{
+        AutoscalingPolicy, Deployment, DeploymentId, FunctionId, GpuSpecificationId, InstanceId,
+        InstanceState, Launch, VersionId,
+    },
+    scale::{self, Decision, History, Observed, Sample, Settings},
+    store::{Change, Expect, Partition, Store},
+};
+
+/// What the data plane knows of slots and load.
+pub trait Slots: Send + Sync + 'static {
+    /// The load of a deployed version, now.
+    fn sample(&self, version: VersionId) -> Option<Sample>;
+    /// Takes the instance out if it is idle, under the queue's lock; true if it was, or is not there at all.
+    fn retire_if_idle(&self, version: VersionId, instance: InstanceId) -> bool;
+}
+
+/// What the request path tells the controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signal {
+    /// An invocation had to wait, or found no instance.
+    Demand(FunctionId, VersionId),
+    /// An instance did not take a connection.
+    Suspect(InstanceId),
+}
+
+/// Decisions kept for reading back, for each version.
+const KEPT: usize = 64;
+/// A graceful stop of an undeployed version is looked at this often.
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
+
+/// A decision and when it was made.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Decided {
+    pub at: Timestamp,
+    #[serde(flatten)]
+    pub decision: Decision,
+}
+
+/// The last decisions, for those who ask why.
+#[derive(Default)]
+pub struct Decisions(Mutex<HashMap<VersionId, VecDeque<Decided>>>);
+
+impl Decisions {
+    /// Newest last.
+    #[must_use]
+    pub fn of(&self, version: VersionId) -> Vec<Decided> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(&version)
+            .map(|kept| kept.iter().cloned().collect())
+            .unwrap_or_default()
+    }
+
+    fn keep(&self, version: VersionId, decision: Decision) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = all.entry(version).or_default();
+        let news = kept.back().is_none_or(|last| {
+            last.decision.desired != decision.desired || last.decision.reason != decision.reason
+        });
+        if news {
+            if kept.len() == KEPT {
+                kept.pop_front();
+            }
+            kept.push_back(Decided {
+                at: Timestamp::now(),
+                decision,
+            });
+        }
+    }
+
+    fn forget(&self, version: VersionId) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&version);
+    }
+}
+
+/// An instance that the controller asked for and that has not gone.
+#[derive(Clone, Debug)]
+struct Asked {
+    specification: GpuSpecificationId,
+    endpoint: Option<String>,
+    stopping: bool,
+}
+
+/// What is carried from one decision on a deployment to the next.
+struct Scaling {
+    function: FunctionId,
+    version: VersionId,
+    history: History,
+    state: scale::State,
+    asked: BTreeMap<InstanceId, Asked>,
+    /// In the order they were asked for.
+    order: Vec<InstanceId>,
+    next_look: Option<Instant>,
+    draining_since: Option<Instant>,
+}
+
+pub struct Controller {
+    pub store: Arc<dyn Store>,
+    pub directory: Arc<Directory>,
+    pub slots: Arc<dyn Slots>,
+    pub agent: Agent,
+    pub decisions: Arc<Decisions>,
+    scalings: HashMap<DeploymentId, Scaling>,
+    start: Instant,
+}
+
+impl Controller {
+    #[must_use]
+    pub fn new(
+        store: Arc<dyn Store>,
+        directory: Arc<Directory>,
+        slots: Arc<dyn Slots>,
+        agent: Agent,
+        decisions: Arc<Decisions>,
+    ) -> Self {
+        Self {
+            store,
+            directory,
+            slots,
+            agent,
+            decisions,
+            scalings: HashMap::new(),
+            start: Instant::now(),
+        }
+    }
+
+    /// Runs for ever.
+    pub async fn run(
+        mut self,
+        mut changes: broadcast::Receiver<FunctionId>,
+        mut signals: mpsc::UnboundedReceiver<Signal>,
+        mut reports: mpsc::UnboundedReceiver<Report>,
+    ) {
+        let mut due: HashSet<FunctionId> =
+            self.directory.views().iter().map(|view| view.id).collect();
+        loop {
+            for function in due.drain() {
+                self.look(function).await;
+            }
+            let next = self.scalings.values().filter_map(|s| s.next_look).min();
+            let tick =
+                sleep_until(next.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)));
+            tokio::select! {
+                change = changes.recv() => match change {
+                    Ok(function) => {
+                        due.insert(function);
+                    }
+                    Err(broadcast::error::RecvError::Lagged(_)) => {
+                        due.extend(self.directory.views().iter().map(|view| view.id));
+                        due.extend(self.scalings.values().map(|s| s.function));
+                    }
+                    Err(broadcast::error::RecvError::Closed) => return,
+                },
+                signal = signals.recv() => {
+                    let Some(signal) = signal else { return };
+                    self.hear(signal, &mut due);
+                    while let Ok(signal) = signals.try_recv() {
+                        self.hear(signal, &mut due);
+                    }
+                }
+                report = reports.recv() => {
+                    let Some(report) = report else { return };
+                    // The directory tells of the change, which brings us back here.
+                    match report {
+                        Report::Changed(instance) => self.directory.put_instance(instance),
+                        Report::Gone(instance) => {
+                            for scaling in self.scalings.values_mut() {
+                                scaling.asked.remove(&instance);
+                                scaling.order.retain(|id| *id != instance);
+                            }
+                            self.directory.remove_instance(instance);
+                        }
+                    }
+                }
+                () = tick => {
+                    let now = Instant::now();
+                    due.extend(
+                        self.scalings.values().filter(|s| s.next_look.is_some_and(|at| at <= now)).map(|s| s.function),
+                    );
+                }
+            }
+        }
+    }
+
+    fn hear(&self, signal: Signal, due: &mut HashSet<FunctionId>) {
+        match signal {
+            Signal::Demand(function, _) => {
+                due.insert(function);
+            }
+            Signal::Suspect(instance) => self.agent.suspect(instance),
+        }
+    }
+
+    /// Decides anew for every version of a function, and acts.
+    async fn look(&mut self, function: FunctionId) {
+        let view = self.directory.view(function);
+        let versions: &[VersionView] = view.as_ref().map_or(&[], |view| &view.versions);
+        let current: HashSet<DeploymentId> = versions
+            .iter()
+            .filter_map(|v| v.deployment.as_ref().map(|d| d.id))
+            .collect();
+        for version in versions {
+            match &version.deployment {
+                Some(deployment) if deployment.undeploying => self.drain(version, deployment).await,
+                Some(deployment) => self.scale(version, deployment),
+                None => {}
+            }
+        }
+        // Deployments that are gone: nothing waits there any more, their instances stop.
+        for (id, scaling) in self
+            .scalings
+            .iter_mut()
+            .filter(|(_, s)| s.function == function)
+        {
+            if !current.contains(id) {
+                scaling.next_look = None;
+                self.decisions.forget(scaling.version);
+                for (instance, asked) in &mut scaling.asked {
+                    if !std::mem::replace(&mut asked.stopping, true) {
+                        self.agent.stop(*instance);
+                    }
+                }
+            }
+        }
+        self.scalings.retain(|id, scaling| {
+            scaling.function != function || current.contains(id) || !scaling.asked.is_empty()
+        });
+    }
+
+    fn scale(&mut self, view: &VersionView, deployment: &Arc<Deployment>) {
+        let settings = settings_of(deployment);
+        let scaling = self
+            .scalings
+            .entry(deployment.id)
+            .or_insert_with(|| Scaling {
+                function: deployment.function,
+                version: deployment.version,
+                history: History::new(&settings),
+                state: scale::State::default(),
+                asked: BTreeMap::new(),
+                order: Vec::new(),
+                next_look: None,
+                draining_since: None,
+            });
+        let now = self.start.elapsed();
+        scaling.history.fit(&settings);
+        let sample = self
+            .slots
+            .sample(deployment.version)
+            .map(|sample| Sample { at: now, ..sample });
+        if let Some(sample) = sample {
+            scaling.history.push(sample);
+        }
+        let observed = observe(scaling, view);
+        let (decision, state) = scale::decide(
+            &settings,
+            &scaling.history,
+            observed,
+            std::mem::take(&mut scaling.state),
+            now,
+        );
+        scaling.state = state;
+        let desired = decision.desired;
+        self.decisions.keep(deployment.version, decision);
+
+        let limits: Vec<(u32, u32)> = deployment
+            .specifications
+            .iter()
+            .map(|s| (s.min_instances, s.max_instances))
+            .collect();
+        for (specification, wanted) in deployment
+            .specifications
+            .iter()
+            .zip(scale::spread(desired, &limits))
+        {
+            let live: Vec<InstanceId> = scaling
+                .order
+                .iter()
+                .filter(|id| {
+                    scaling
+                        .asked
+                        .get(id)
+                        .is_some_and(|a| a.specification == specification.id && !a.stopping)
+                })
+                .copied()
+                .collect();
+            let wanted = wanted as usize;
+            if live.len() < wanted {
+                for _ in live.len()..wanted {
+                    let endpoint = match free_endpoint(&view.version.launch, scaling) {
+                        Ok(endpoint) => endpoint,
+                        Err(NoneFree) => break,
+                    };
+                    let instance = InstanceId::random();
+                    scaling.order.push(instance);
+                    scaling.asked.insert(
+                        instance,
+                        Asked {
+                            specification: specification.id,
+                            endpoint: endpoint.clone(),
+                            stopping: false,
+                        },
+                    );
+                    self.agent.run(Assignment {
+                        instance,
+                        version: view.version.clone(),
+                        deployment: deployment.clone(),
+                        specification: specification.id,
+                        endpoint,
+                    });
+                }
+            } else {
+                let surplus = live.len() - wanted;
+                let state =
+                    |id: &InstanceId| view.instances.iter().find(|i| i.id == *id).map(|i| i.state);
+                // What serves nothing goes first: failed, then starting, then the youngest that is idle.
+                let mut candidates: Vec<InstanceId> = live.into_iter().rev().collect();
+                candidates.sort_by_key(|id| match state(id) {
+                    Some(InstanceState::Error) => 0,
+                    None | Some(InstanceState::Starting) => 1,
+                    Some(InstanceState::Ready | InstanceState::Draining) => 2,
+                });
+                let mut left = surplus;
+                for id in candidates {
+                    if left == 0 {
+                        break;
+                    }
+                    if self.slots.retire_if_idle(deployment.version, id) {
+                        if let Some(asked) = scaling.asked.get_mut(&id) {
+                            asked.stopping = true;
+                        }
+                        self.agent.stop(id);
+                        left -= 1;
+                    }
+                }
+            }
+        }
+        let asleep =
+            scaling.asked.is_empty() && desired == 0 && sample.is_none_or(|s| s.in_system == 0);
+        scaling.next_look = (!asleep).then(|| Instant::now() + scale::next_tick(&settings));
+    }
+
+    /// A graceful undeploy: no new work comes; when nothing waits or runs, or the time is over, the record goes.
+    async fn drain(&mut self, view: &VersionView, deployment: &Arc<Deployment>) {
+        let settings = settings_of(deployment);
+        let scaling = self
+            .scalings
+            .entry(deployment.id)
+            .or_insert_with(|| Scaling {
+                function: deployment.function,
+                version: deployment.version,
+                history: History::new(&settings),
+                state: scale::State::default(),
+                asked: BTreeMap::new(),
+                order: Vec::new(),
+                next_look: None,
+                draining_since: None,
+            });
+        let since = *scaling.draining_since.get_or_insert_with(Instant::now);
+        let load = self
+            .slots
+            .sample(deployment.version)
+            .map_or(0, |sample| sample.in_system);
+        if load > 0 && since.elapsed() < deployment.drain_timeout.0 {
+            scaling.next_look = Some(Instant::now() + DRAIN_LOOK);
+            return;
+        }
+        scaling.next_look = Some(Instant::now() + Duration::from_secs(1));
+        let key = record::deployment(deployment.function, deployment.version);
+        let partition = Partition::of(deployment.function);
+        let outcome = async {
+            let Some(found) = self.store.get(partition, &key).await? else {
+                return Ok(());
+            };
+            let expect = Expect::Revision(found.revision);
+            self.store
+                .commit(
+                    partition,
+                    vec![Change {
+                        key,
+                        expect,
+                        value: None,
+                    }],
+                )
+                .await
+                .map(drop)
+        };
+        if let Err(error) = outcome.await {
+            // Another look comes in a second.
+            tracing::warn!(version = %view.version.id, %error, "a drained deployment could not be removed");
+        }
+    }
+}
+
+fn settings_of(deployment: &Deployment) -> Settings {
+    let autoscaling = &deployment.autoscaling;
+    Settings {
+        policy: match autoscaling.policy {
+            AutoscalingPolicy::Concurrency => scale::Policy::Concurrency,
+            AutoscalingPolicy::NvcfStep => scale::Policy::NvcfStep(scale::Steps::default()),
+        },
+        target_utilization: autoscaling.target_utilization,
+        stable_window: autoscaling.stable_window.0,
+        panic_window: autoscaling.panic_window.0,
+        scale_in_delay: autoscaling.scale_in_delay.0,
+        idle_timeout: autoscaling.idle_timeout.0,
+        min: deployment.min_instances(),
+        max: deployment.max_instances(),
+        concurrency: deployment
+            .specifications
+            .iter()
+            .map(|s| s.max_request_concurrency)
+            .min()
+            .unwrap_or(1),
+    }
+}
+
+/// What was asked for counts as starting until an agent says otherwise.
+fn observe(scaling: &Scaling, view: &VersionView) -> Observed {
+    let mut observed = Observed {
+        ready: 0,
+        starting: 0,
+        error: 0,
+    };
+    for (id, _) in scaling.asked.iter().filter(|(_, asked)| !asked.stopping) {
+        match view.instances.iter().find(|i| i.id == *id).map(|i| i.state) {
+            Some(InstanceState::Ready) => observed.ready += 1,
+            Some(InstanceState::Error) => observed.error += 1,
+            Some(InstanceState::Draining) => {}
+            None | Some(InstanceState::Starting) => observed.starting += 1,
+        }
+    }
+    observed
+}
+
+struct NoneFree;
+
+/// The first endpoint that no instance has; `None` for what is started.
+fn free_endpoint(launch: &Launch, scaling: &Scaling) -> Result<Option<String>, NoneFree> {
+    let Launch::Endpoints(endpoints) = launch else {
+        return Ok(None);
+    };
+    let taken = |endpoint: &String| {
+        scaling
+            .asked
+            .values()
+            .any(|a| a.endpoint.as_ref() == Some(endpoint))
+    };
+    endpoints
+        .iter()
+        .find(|endpoint| !taken(endpoint))
+        .cloned()
+        .map(Some)
+        .ok_or(NoneFree)
+}

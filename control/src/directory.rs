@@ -1,0 +1,432 @@
+//! Intent and facts joined: one immutable view of each function, replaced
+//! whole when anything about it changes.
+//!
+//! The directory follows the store's feed and the agents' reports, and is the
+//! only writer of the map. A reader takes one view and never sees half a
+//! change. After a gap in the feed everything is listed again and replaced
+//! entry by entry, then what is gone is removed: the map is never cleared, so
+//! traffic goes on meanwhile.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use bytes::Bytes;
+use dashmap::DashMap;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::{broadcast, watch};
+
+use crate::{
+    model::{
+        Account, AccountId, Deployment, FunctionId, FunctionState, Instance, InstanceId, Key,
+        KeyId, Sharing, Version, VersionId,
+    },
+    state::state_of,
+    store::{Cursor, Event, Partition, Store, StoreError, Watch},
+};
+
+/// One version with all that is known of it.
+#[derive(Clone, Debug)]
+pub struct VersionView {
+    pub version: Arc<Version>,
+    pub deployment: Option<Arc<Deployment>>,
+    /// In the order they were made.
+    pub instances: Vec<Instance>,
+    pub state: FunctionState,
+    /// Accounts that may call it besides its own; `*` means all.
+    pub shared_with: Arc<[String]>,
+}
+
+/// One function; there is one as long as it has a version.
+#[derive(Clone, Debug)]
+pub struct FunctionView {
+    pub id: FunctionId,
+    pub account: AccountId,
+    /// Oldest first.
+    pub versions: Vec<VersionView>,
+}
+
+impl FunctionView {
+    #[must_use]
+    pub fn version(&self, id: VersionId) -> Option<&VersionView> {
+        self.versions.iter().find(|v| v.version.id == id)
+    }
+}
+
+/// The names of records.
+pub mod record {
+    use super::{AccountId, FunctionId, KeyId, VersionId};
+
+    #[must_use]
+    pub fn version(function: FunctionId, version: VersionId) -> String {
+        format!("{function}/version/{version}")
+    }
+    #[must_use]
+    pub fn deployment(function: FunctionId, version: VersionId) -> String {
+        format!("{function}/deployment/{version}")
+    }
+    /// `version` absent: of the whole function.
+    #[must_use]
+    pub fn sharing(function: FunctionId, version: Option<VersionId>) -> String {
+        match version {
+            Some(version) => format!("{function}/sharing/{version}"),
+            None => format!("{function}/sharing/all"),
+        }
+    }
+    #[must_use]
+    pub fn key(key: KeyId) -> String {
+        format!("key/{key}")
+    }
+    #[must_use]
+    pub fn account(account: &AccountId) -> String {
+        format!("account/{account}")
+    }
+}
+
+/// A record as the store keeps it.
+///
+/// # Panics
+/// Never: the records of the model have string keys only.
+pub fn encode<T: Serialize>(value: &T) -> Bytes {
+    serde_json::to_vec(value).expect("records serialise").into()
+}
+
+pub fn decode<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, StoreError> {
+    serde_json::from_slice(value)
+        .map_err(|error| StoreError::Damaged(format!("record '{key}': {error}")))
+}
+
+/// What one function is made of, before it becomes a view.
+#[derive(Default)]
+struct Parts {
+    versions: BTreeMap<VersionId, Arc<Version>>,
+    deployments: HashMap<VersionId, Arc<Deployment>>,
+    sharing: HashMap<Option<VersionId>, Sharing>,
+    instances: Vec<Instance>,
+    /// Deployments that have been ACTIVE.
+    reached: HashSet<crate::model::DeploymentId>,
+}
+
+/// See the module's head.
+pub struct Directory {
+    views: DashMap<FunctionId, Arc<FunctionView>>,
+    keys: DashMap<String, Arc<Key>>,
+    accounts: DashMap<AccountId, Arc<Account>>,
+    /// Written by the follower and by the agents' reports; a std mutex, held for one change.
+    parts: Mutex<HashMap<FunctionId, Parts>>,
+    changes: broadcast::Sender<FunctionId>,
+    applied: watch::Sender<Cursor>,
+}
+
+impl Directory {
+    /// Lists the whole store and starts to watch it; call [`Directory::follow`] next.
+    pub async fn load(store: &dyn Store) -> Result<(Arc<Self>, Box<dyn Watch>), StoreError> {
+        let directory = Arc::new(Self {
+            views: DashMap::new(),
+            keys: DashMap::new(),
+            accounts: DashMap::new(),
+            parts: Mutex::default(),
+            changes: broadcast::Sender::new(4096),
+            applied: watch::Sender::new(Cursor::default()),
+        });
+        let feed = directory.resync(store).await?;
+        Ok((directory, feed))
+    }
+
+    /// Applies the feed for ever; ends only with an error that a new start must mend.
+    pub async fn follow(
+        &self,
+        store: &dyn Store,
+        mut feed: Box<dyn Watch>,
+    ) -> Result<(), StoreError> {
+        loop {
+            match feed.next().await? {
+                Event::Commit(commit) => {
+                    for (key, value) in commit.changes.iter() {
+                        self.apply(commit.partition, key, value.as_deref())?;
+                    }
+                    self.applied.send_modify(|cursor| {
+                        cursor.0.insert(commit.partition, commit.revision);
+                    });
+                }
+                Event::FellBehind => feed = self.resync(store).await?,
+            }
+        }
+    }
+
+    async fn resync(&self, store: &dyn Store) -> Result<Box<dyn Watch>, StoreError> {
+        let mut cursor = Cursor::default();
+        for partition in Partition::all() {
+            let (records, revision) = store.list(partition, "").await?;
+            let present: HashSet<&str> = records.iter().map(|r| r.key.as_str()).collect();
+            for gone in self
+                .known(partition)
+                .into_iter()
+                .filter(|key| !present.contains(key.as_str()))
+            {
+                self.apply(partition, &gone, None)?;
+            }
+            for record in &records {
+                self.apply(partition, &record.key, Some(&record.value))?;
+            }
+            cursor.0.insert(partition, revision);
+        }
+        self.applied.send_replace(cursor.clone());
+        store.watch(cursor).await
+    }
+
+    /// The keys of the records of a partition that the directory holds.
+    fn known(&self, partition: Partition) -> Vec<String> {
+        match partition {
+            Partition::Keys => self.keys.iter().map(|k| record::key(k.id)).collect(),
+            Partition::Accounts => self
+                .accounts
+                .iter()
+                .map(|a| record::account(&a.id))
+                .collect(),
+            Partition::Functions(_) => self
+                .parts()
+                .iter()
+                .filter(|(function, _)| Partition::of(**function) == partition)
+                .flat_map(|(function, parts)| {
+                    let versions = parts
+                        .versions
+                        .keys()
+                        .map(|v| record::version(*function, *v));
+                    let deployments = parts
+                        .deployments
+                        .keys()
+                        .map(|v| record::deployment(*function, *v));
+                    let sharing = parts.sharing.keys().map(|v| record::sharing(*function, *v));
+                    versions
+                        .chain(deployments)
+                        .chain(sharing)
+                        .collect::<Vec<_>>()
+                })
+                .collect(),
+        }
+    }
+
+    fn apply(
+        &self,
+        partition: Partition,
+        key: &str,
+        value: Option<&[u8]>,
+    ) -> Result<(), StoreError> {
+        match partition {
+            Partition::Keys => match value {
+                Some(value) => {
+                    let decoded: Key = decode(key, value)?;
+                    self.keys.insert(decoded.hash.clone(), Arc::new(decoded));
+                }
+                None => self.keys.retain(|_, k| record::key(k.id) != key),
+            },
+            Partition::Accounts => match value {
+                Some(value) => {
+                    let decoded: Account = decode(key, value)?;
+                    self.accounts.insert(decoded.id.clone(), Arc::new(decoded));
+                }
+                None => self.accounts.retain(|id, _| record::account(id) != key),
+            },
+            Partition::Functions(_) => {
+                let damaged = || StoreError::Damaged(format!("a record named '{key}'"));
+                let mut names = key.splitn(3, '/');
+                let (Some(function), Some(kind), Some(name)) =
+                    (names.next(), names.next(), names.next())
+                else {
+                    return Err(damaged());
+                };
+                let function: FunctionId = function.parse().map_err(|_| damaged())?;
+                let mut all = self.parts();
+                let parts = all.entry(function).or_default();
+                match kind {
+                    "version" => {
+                        let id = name.parse().map_err(|_| damaged())?;
+                        match value {
+                            Some(value) => parts.versions.insert(id, Arc::new(decode(key, value)?)),
+                            None => parts.versions.remove(&id),
+                        };
+                    }
+                    "deployment" => {
+                        let id = name.parse().map_err(|_| damaged())?;
+                        match value {
+                            Some(value) => {
+                                parts.deployments.insert(id, Arc::new(decode(key, value)?))
+                            }
+                            None => parts.deployments.remove(&id),
+                        };
+                    }
+                    "sharing" => {
+                        let id = match name {
+                            "all" => None,
+                            id => Some(id.parse().map_err(|_| damaged())?),
+                        };
+                        match value {
+                            Some(value) => parts.sharing.insert(id, decode(key, value)?),
+                            None => parts.sharing.remove(&id),
+                        };
+                    }
+                    _ => return Err(damaged()),
+                }
+                self.publish(function, &mut all);
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces the function's view by one of what its parts say now.
+    fn publish(&self, function: FunctionId, all: &mut HashMap<FunctionId, Parts>) {
+        let Some(parts) = all.get_mut(&function) else {
+            return;
+        };
+        let empty =
+            parts.deployments.is_empty() && parts.sharing.is_empty() && parts.instances.is_empty();
+        if parts.versions.is_empty() {
+            if empty {
+                all.remove(&function);
+            }
+            self.views.remove(&function);
+            _ = self.changes.send(function);
+            return;
+        }
+        let deployed: HashSet<_> = parts.deployments.values().map(|d| d.id).collect();
+        parts
+            .reached
+            .retain(|deployment| deployed.contains(deployment));
+        let mut versions: Vec<VersionView> = parts
+            .versions
+            .values()
+            .map(|version| {
+                let deployment = parts.deployments.get(&version.id).cloned();
+                let instances: Vec<Instance> = parts
+                    .instances
+                    .iter()
+                    .filter(|i| i.function_version_id == version.id)
+                    .cloned()
+                    .collect();
+                let reached = deployment
+                    .as_ref()
+                    .is_some_and(|d| parts.reached.contains(&d.id));
+                let state = state_of(deployment.as_deref(), &instances, reached);
+                let shared_with = [Some(version.id), None]
+                    .iter()
+                    .filter_map(|level| parts.sharing.get(level))
+                    .flat_map(|sharing| sharing.accounts.iter().cloned())
+                    .collect();
+                VersionView {
+                    version: version.clone(),
+                    deployment,
+                    instances,
+                    state,
+                    shared_with,
+                }
+            })
+            .collect();
+        versions.sort_by_key(|v| (v.version.created_at, v.version.id));
+        for view in &versions {
+            if let (FunctionState::Active, Some(deployment)) = (view.state, &view.deployment) {
+                parts.reached.insert(deployment.id);
+            }
+        }
+        let account = versions[0].version.account.clone();
+        self.views.insert(
+            function,
+            Arc::new(FunctionView {
+                id: function,
+                account,
+                versions,
+            }),
+        );
+        _ = self.changes.send(function);
+    }
+
+    /// An agent's report: the instance is as given.
+    pub fn put_instance(&self, instance: Instance) {
+        let function = instance.function_id;
+        let mut all = self.parts();
+        let parts = all.entry(function).or_default();
+        match parts.instances.iter_mut().find(|i| i.id == instance.id) {
+            Some(known) => *known = instance,
+            None => parts.instances.push(instance),
+        }
+        self.publish(function, &mut all);
+    }
+
+    /// An agent's report: the instance is gone.
+    pub fn remove_instance(&self, id: InstanceId) {
+        let mut all = self.parts();
+        let function = all
+            .iter()
+            .find_map(|(f, parts)| parts.instances.iter().any(|i| i.id == id).then_some(*f));
+        if let Some(function) = function {
+            if let Some(parts) = all.get_mut(&function) {
+                parts.instances.retain(|i| i.id != id);
+            }
+            self.publish(function, &mut all);
+        }
+    }
+
+    fn parts(&self) -> MutexGuard<'_, HashMap<FunctionId, Parts>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // === Readers ===
+
+    #[must_use]
+    pub fn view(&self, function: FunctionId) -> Option<Arc<FunctionView>> {
+        self.views.get(&function).map(|view| view.value().clone())
+    }
+
+    #[must_use]
+    pub fn views(&self) -> Vec<Arc<FunctionView>> {
+        self.views.iter().map(|view| view.value().clone()).collect()
+    }
+
+    /// The key whose secret has this SHA-256 (hexadecimal).
+    #[must_use]
+    pub fn key_by_hash(&self, hash: &str) -> Option<Arc<Key>> {
+        self.keys.get(hash).map(|key| key.value().clone())
+    }
+
+    #[must_use]
+    pub fn key(&self, id: KeyId) -> Option<Arc<Key>> {
+        self.keys
+            .iter()
+            .find(|key| key.id == id)
+            .map(|key| key.value().clone())
+    }
+
+    #[must_use]
+    pub fn keys(&self) -> Vec<Arc<Key>> {
+        self.keys.iter().map(|key| key.value().clone()).collect()
+    }
+
+    #[must_use]
+    pub fn account(&self, id: &AccountId) -> Option<Arc<Account>> {
+        self.accounts.get(id).map(|account| account.value().clone())
+    }
+
+    #[must_use]
+    pub fn accounts(&self) -> Vec<Arc<Account>> {
+        self.accounts
+            .iter()
+            .map(|account| account.value().clone())
+            .collect()
+    }
+
+    /// Functions whose view was replaced or removed. One that lags must look at all of them.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<FunctionId> {
+        self.changes.subscribe()
+    }
+
+    /// Waits until the commit with this revision is in the views, so that its author reads his own write.
+    pub async fn applied(&self, partition: Partition, revision: u64) {
+        let mut applied = self.applied.subscribe();
+        // The sender lives as long as `self`.
+        _ = applied
+            .wait_for(|cursor| cursor.0.get(&partition).is_some_and(|at| *at >= revision))
+            .await;
+    }
+}

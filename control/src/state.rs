@@ -1,0 +1,179 @@
+//! The six states of a version: a pure function of its deployment and its
+//! instances, never stored.
+
+use crate::model::{Deployment, FunctionState, Instance, InstanceState};
+
+/// What a version's state is. `reached` says whether this deployment has been
+/// ACTIVE since its instances were last made anew; the caller keeps it.
+#[must_use]
+pub fn state_of(
+    deployment: Option<&Deployment>,
+    instances: &[Instance],
+    reached: bool,
+) -> FunctionState {
+    let Some(deployment) = deployment else {
+        return FunctionState::Inactive;
+    };
+    if deployment.undeploying {
+        return FunctionState::Inactive;
+    }
+    let ready_of = |spec: &crate::model::GpuSpecification| {
+        instances
+            .iter()
+            .filter(|i| i.gpu_specification_id == spec.id && i.state == InstanceState::Ready)
+            .count()
+    };
+    let any_ready = instances.iter().any(|i| i.state == InstanceState::Ready);
+    let alive = instances
+        .iter()
+        .any(|i| matches!(i.state, InstanceState::Ready | InstanceState::Starting));
+    let failed = instances.iter().any(|i| i.state == InstanceState::Error);
+    if failed && !alive {
+        return FunctionState::Error;
+    }
+    let enough = deployment
+        .specifications
+        .iter()
+        .all(|s| ready_of(s) >= s.min_instances as usize);
+    if enough {
+        return FunctionState::Active;
+    }
+    match (reached, any_ready) {
+        (false, _) => FunctionState::Deploying,
+        (true, true) => FunctionState::Degrading,
+        (true, false) => FunctionState::Degraded,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::*;
+
+    fn deployment(mins: &[u32]) -> Deployment {
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        Deployment {
+            id: DeploymentId::random(),
+            function: FunctionId::random(),
+            version: VersionId::random(),
+            specifications: mins
+                .iter()
+                .map(|min| GpuSpecification {
+                    id: GpuSpecificationId::random(),
+                    gpu: "none".into(),
+                    instance_type: "none".into(),
+                    min_instances: *min,
+                    max_instances: 4,
+                    max_request_concurrency: 1,
+                    kept: serde_json::Map::new(),
+                })
+                .collect(),
+            autoscaling: Autoscaling::default(),
+            queue: QueueSettings::default(),
+            routing: Routing::default(),
+            traffic_weight: None,
+            start_timeout: IsoDuration::secs(600),
+            drain_timeout: IsoDuration::secs(300),
+            cancel_timeout: IsoDuration::secs(5),
+            created_at: now,
+            updated_at: now,
+            undeploying: false,
+        }
+    }
+
+    fn instances(deployment: &Deployment, spec: usize, states: &[InstanceState]) -> Vec<Instance> {
+        states
+            .iter()
+            .map(|state| Instance {
+                id: InstanceId::random(),
+                function_id: deployment.function,
+                function_version_id: deployment.version,
+                deployment_id: deployment.id,
+                gpu_specification_id: deployment.specifications[spec].id,
+                node: "local".into(),
+                state: *state,
+                address: None,
+                capacity: 1,
+                pid: None,
+                created_at: jiff::Timestamp::UNIX_EPOCH,
+                spawned_at: None,
+                first_healthy_at: None,
+                restarts: 0,
+                error: None,
+                gpus: vec![],
+            })
+            .collect()
+    }
+
+    /// Every mix of up to three instances, for every minimum up to three, before and after the
+    /// first ACTIVE: the states against the sentences that define them.
+    #[test]
+    fn every_state_follows_its_definition() {
+        use InstanceState::*;
+        let states = [Starting, Ready, Draining, Error];
+        let mut mixes: Vec<Vec<InstanceState>> = vec![vec![]];
+        for length in 0..3 {
+            let longer: Vec<_> = mixes
+                .iter()
+                .filter(|m| m.len() == length)
+                .flat_map(|m| states.iter().map(|s| [m.as_slice(), &[*s]].concat()))
+                .collect();
+            mixes.extend(longer);
+        }
+        assert_eq!(mixes.len(), 1 + 4 + 16 + 64);
+        for min in 0..=3u32 {
+            let deployment = deployment(&[min]);
+            for mix in &mixes {
+                let count = |state| mix.iter().filter(|s| **s == state).count();
+                for reached in [false, true] {
+                    let got = state_of(Some(&deployment), &instances(&deployment, 0, mix), reached);
+                    let all_in_error = count(Error) > 0 && count(Ready) + count(Starting) == 0;
+                    let expected = if all_in_error {
+                        FunctionState::Error
+                    } else if count(Ready) >= min as usize {
+                        FunctionState::Active
+                    } else if !reached {
+                        FunctionState::Deploying
+                    } else if count(Ready) > 0 {
+                        FunctionState::Degrading
+                    } else {
+                        FunctionState::Degraded
+                    };
+                    assert_eq!(got, expected, "min {min}, {mix:?}, reached {reached}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn undeployed_and_undeploying_are_inactive() {
+        let mut deployment = deployment(&[1]);
+        let ready = instances(&deployment, 0, &[InstanceState::Ready]);
+        assert_eq!(state_of(None, &ready, true), FunctionState::Inactive);
+        deployment.undeploying = true;
+        assert_eq!(
+            state_of(Some(&deployment), &ready, true),
+            FunctionState::Inactive
+        );
+    }
+
+    #[test]
+    fn each_specification_needs_its_own_minimum() {
+        let deployment = deployment(&[1, 1]);
+        let both_of_one = instances(
+            &deployment,
+            0,
+            &[InstanceState::Ready, InstanceState::Ready],
+        );
+        assert_eq!(
+            state_of(Some(&deployment), &both_of_one, true),
+            FunctionState::Degrading
+        );
+        let mut one_each = instances(&deployment, 0, &[InstanceState::Ready]);
+        one_each.extend(instances(&deployment, 1, &[InstanceState::Ready]));
+        assert_eq!(
+            state_of(Some(&deployment), &one_each, false),
+            FunctionState::Active
+        );
+    }
+}
