@@ -1,1 +1,28 @@
+//! Shows what Weir costs and what it does, from outside: a sample function to
+//! call, the replay of a trace, cold starts, memory. It speaks HTTP to a
+//! running `weir serve` and shares no code with it.
 
+mod client;
+pub mod memory;
+pub mod replay;
+pub mod sample;
+pub mod wake;
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Bench {
+    /// Send the requests of an Azure LLM trace at the trace's times, and
+    /// compare the instance-seconds used with the least possible
+    Replay(replay::ReplayArgs),
+    /// Measure what Weir adds to an instance's own start
+    Wake(wake::WakeArgs),
+    /// Measure the memory that queued invocations and idle connections take
+    Memory(memory::MemoryArgs),
+}
+
+pub async fn run(bench: Bench) -> anyhow::Result<()> {
+    match bench {
+        Bench::Replay(args) => replay::replay(args).await,
+        Bench::Wake(args) => wake::wake(args).await,
+        Bench::Memory(args) => memory::memory(args).await,
+    }
+}

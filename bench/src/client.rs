@@ -1,0 +1,308 @@
+//! What the benchmarks ask of a running Weir: make a function, look at its
+//! instances, delete it again.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use reqwest::{Method, RequestBuilder, Response};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+/// A change reaches the proxies' tables a moment after it is acknowledged.
+const PROPAGATION: Duration = Duration::from_millis(200);
+
+/// Where Weir is, and the key to it.
+#[derive(Clone, Debug, clap::Args)]
+pub struct TargetArgs {
+    /// The data plane
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
+    pub url: String,
+    /// The admin API
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8081")]
+    pub admin: String,
+    /// An API key [default: the one in <data-dir>/admin.key]
+    #[arg(long, env = "WEIR_API_KEY", hide_env_values = true)]
+    pub key: Option<String>,
+    /// Where to look for admin.key
+    #[arg(long, env = "WEIR_DATA_DIR", default_value = ".weir")]
+    pub data_dir: PathBuf,
+}
+
+#[derive(Clone)]
+pub(crate) struct Client {
+    http: reqwest::Client,
+    url: String,
+    admin: String,
+    key: String,
+}
+
+/// A version of a function that a benchmark made.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Version {
+    #[serde(rename = "id")]
+    pub(crate) function: String,
+    #[serde(rename = "versionId")]
+    pub(crate) version: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Instance {
+    #[serde(default)]
+    pub(crate) id: String,
+    #[serde(default)]
+    pub(crate) state: String,
+    pub(crate) spawned_at: Option<jiff::Timestamp>,
+    pub(crate) first_healthy_at: Option<jiff::Timestamp>,
+}
+
+impl Client {
+    pub(crate) fn new(args: &TargetArgs) -> anyhow::Result<Self> {
+        let key = match &args.key {
+            Some(key) => key.clone(),
+            None => {
+                let path = args.data_dir.join("admin.key");
+                std::fs::read_to_string(&path).with_context(|| {
+                    format!(
+                        "no --key and no WEIR_API_KEY, and could not read {}",
+                        path.display()
+                    )
+                })?
+            }
+        };
+        Ok(Self {
+            http: reqwest::Client::builder().no_proxy().build()?,
+            url: args.url.trim_end_matches('/').into(),
+            admin: args.admin.trim_end_matches('/').into(),
+            key: key.trim().into(),
+        })
+    }
+
+    pub(crate) fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// `host:port` of the data plane, for raw connections.
+    pub(crate) fn authority(&self) -> anyhow::Result<String> {
+        let url = reqwest::Url::parse(&self.url)?;
+        let host = url.host_str().context("--url has no host")?;
+        let port = url.port_or_known_default().context("--url has no port")?;
+        Ok(format!("{host}:{port}"))
+    }
+
+    /// An invocation on the data plane.
+    pub(crate) fn invoke(&self, function: &str, path_and_query: &str) -> RequestBuilder {
+        self.http
+            .post(format!("{}{path_and_query}", self.url))
+            .bearer_auth(&self.key)
+            .header("function-id", function)
+    }
+
+    fn admin(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http
+            .request(method, format!("{}{path}", self.admin))
+            .bearer_auth(&self.key)
+            .timeout(Duration::from_secs(30))
+    }
+
+    /// A function whose instances are the sample function of this executable.
+    pub(crate) async fn create(&self, name: &str, start: Duration) -> anyhow::Result<Version> {
+        let program = std::env::current_exe().context("could not find this executable")?;
+        let delay = start.as_millis().to_string();
+        let body = json!({
+            "name": name,
+            "inferenceUrl": "/infer",
+            "healthUri": "/health",
+            "process": {
+                "command": [program, "sample-function", "--start-delay-ms", delay],
+                "env": [],
+            },
+        });
+        #[derive(Deserialize)]
+        struct Created {
+            function: Version,
+        }
+        let request = self.admin(Method::POST, "/v2/nvcf/functions").json(&body);
+        let created: Created = read(request).await.context("could not create a function")?;
+        Ok(created.function)
+    }
+
+    /// Returns when the version takes invocations.
+    pub(crate) async fn deploy(&self, of: &Version, deployment: &Value) -> anyhow::Result<()> {
+        let path = format!(
+            "/v2/nvcf/deployments/functions/{}/versions/{}",
+            of.function, of.version
+        );
+        let request = self.admin(Method::POST, &path).json(deployment);
+        check(request.send().await?)
+            .await
+            .context("could not deploy")?;
+        self.until_active(of, Duration::from_secs(60)).await?;
+        tokio::time::sleep(PROPAGATION).await;
+        Ok(())
+    }
+
+    async fn until_active(&self, of: &Version, at_most: Duration) -> anyhow::Result<()> {
+        #[derive(Deserialize)]
+        struct Answer {
+            function: Status,
+        }
+        #[derive(Deserialize)]
+        struct Status {
+            status: String,
+        }
+        let path = format!("/v2/nvcf/functions/{}/versions/{}", of.function, of.version);
+        let deadline = Instant::now() + at_most;
+        loop {
+            let answer: Answer = read(self.admin(Method::GET, &path)).await?;
+            let status = answer.function.status;
+            if status == "ACTIVE" {
+                return Ok(());
+            }
+            if status == "ERROR" || Instant::now() >= deadline {
+                bail!("the deployed version is {status}, not ACTIVE");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Deletes the version, which ends its deployment.
+    pub(crate) async fn delete(&self, of: &Version) -> anyhow::Result<()> {
+        let path = format!("/v2/nvcf/functions/{}/versions/{}", of.function, of.version);
+        check(self.admin(Method::DELETE, &path).send().await?)
+            .await
+            .with_context(|| format!("could not delete function {}", of.function))?;
+        Ok(())
+    }
+
+    /// The version's instances, of whatever state; none where there is no
+    /// such list.
+    pub(crate) async fn instances(&self, version: &str) -> anyhow::Result<Vec<Instance>> {
+        #[derive(Deserialize)]
+        struct List {
+            #[serde(default)]
+            instances: Vec<Instance>,
+        }
+        let request = self
+            .admin(Method::GET, "/v2/weir/instances")
+            .query(&[("functionVersionId", version)]);
+        let response = request.send().await?;
+        if response.status() == 404 {
+            return Ok(Vec::new());
+        }
+        Ok(check(response).await?.json::<List>().await?.instances)
+    }
+
+    pub(crate) async fn instance(&self, id: &str) -> anyhow::Result<Instance> {
+        let path = format!("/v2/weir/instances/{id}");
+        let mut answer: Value = read(self.admin(Method::GET, &path)).await?;
+        let inner = answer.get_mut("instance").map(Value::take);
+        Ok(serde_json::from_value(inner.unwrap_or(answer))?)
+    }
+
+    pub(crate) async fn until_no_instances(
+        &self,
+        version: &str,
+        at_most: Duration,
+    ) -> anyhow::Result<()> {
+        let deadline = Instant::now() + at_most;
+        loop {
+            let left = self.instances(version).await?.len();
+            if left == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                bail!("{left} instances are still there after {at_most:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    pub(crate) async fn metrics(&self) -> anyhow::Result<String> {
+        let response = self.admin(Method::GET, "/metrics").send().await?;
+        Ok(check(response).await?.text().await?)
+    }
+}
+
+async fn read<T: DeserializeOwned>(request: RequestBuilder) -> anyhow::Result<T> {
+    Ok(check(request.send().await?).await?.json().await?)
+}
+
+async fn check(response: Response) -> anyhow::Result<Response> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let path = response.url().path().to_owned();
+    let body = response.text().await.unwrap_or_default();
+    bail!("{path} answered {status}: {}", body.trim());
+}
+
+/// Runs `work` and deletes `versions` whatever came of it, also on Ctrl-C.
+pub(crate) async fn deleting<T>(
+    client: &Client,
+    versions: &[Version],
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let done = tokio::select! {
+        done = work => done,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    let mut deleted = Ok(());
+    for version in versions {
+        deleted = deleted.and(client.delete(version).await);
+    }
+    // What the work failed for matters more.
+    let done = done?;
+    deleted?;
+    Ok(done)
+}
+
+/// Raises the limit of open files as far as it goes.
+pub(crate) fn raise_files() -> anyhow::Result<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    setrlimit(Resource::Nofile, raised).context("could not raise the limit of open files")?;
+    Ok(limit.maximum.unwrap_or(u64::MAX))
+}
+
+/// ISO 8601, as NVCF writes durations.
+pub(crate) fn iso(duration: Duration) -> String {
+    format!("PT{}S", duration.as_micros() as f64 / 1e6)
+}
+
+/// For flags: `PT10S`, `10s`.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    text.parse::<jiff::SignedDuration>()
+        .map_err(|error| error.to_string())
+        .and_then(|signed| {
+            Duration::try_from(signed).map_err(|_| "must not be negative".to_owned())
+        })
+}
+
+#[cfg(test)]
+pub(crate) mod fake;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_iso_8601() {
+        assert_eq!(iso(Duration::from_millis(500)), "PT0.5S");
+        assert_eq!(iso(Duration::from_secs(3)), "PT3S");
+        assert_eq!(iso(Duration::ZERO), "PT0S");
+        assert_eq!(parse_duration("PT5M"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_duration("PT0.25S"), Ok(Duration::from_millis(250)));
+        assert!(parse_duration("-PT1S").is_err());
+        assert!(parse_duration("soon").is_err());
+    }
+}

@@ -1,0 +1,179 @@
+//! As much of Weir as the benchmarks talk to: one version, one instance that
+//! starts on demand and goes when it was idle for a moment.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+
+use super::*;
+
+pub(crate) struct FakeWeir {
+    pub(crate) url: String,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// `METHOD path` and body of each call.
+    calls: Vec<(String, Value)>,
+    instance: Option<Started>,
+    /// What invocations are answered with.
+    status: u16,
+}
+
+#[derive(Clone)]
+struct Started {
+    spawned: jiff::Timestamp,
+    healthy: jiff::Timestamp,
+    used: Instant,
+}
+
+impl State {
+    fn instance(&self) -> Option<Value> {
+        let started = self.instance.as_ref()?;
+        (started.used.elapsed() < FakeWeir::IDLE).then(|| {
+            json!({
+                "id": "i",
+                "state": "ready",
+                "spawnedAt": format!("{:.6}", started.spawned),
+                "firstHealthyAt": format!("{:.6}", started.healthy),
+            })
+        })
+    }
+}
+
+impl FakeWeir {
+    pub(crate) const OWN_START: Duration = Duration::from_millis(20);
+    pub(crate) const ADDED: Duration = Duration::from_millis(5);
+    const IDLE: Duration = Duration::from_millis(500);
+
+    pub(crate) async fn start(status: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let state = Arc::new(Mutex::new(State {
+            status,
+            ..State::default()
+        }));
+        let shared = Arc::clone(&state);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let state = Arc::clone(&shared);
+                let service = service_fn(move |request| {
+                    let state = Arc::clone(&state);
+                    async move { Ok::<_, Infallible>(answer(state, request).await) }
+                });
+                let connection = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(TokioIo::new(stream), service);
+                tokio::spawn(connection);
+            }
+        });
+        Self { url, state }
+    }
+
+    pub(crate) fn target(&self) -> TargetArgs {
+        TargetArgs {
+            url: self.url.clone(),
+            admin: self.url.clone(),
+            key: Some("secret".into()),
+            data_dir: ".".into(),
+        }
+    }
+
+    pub(crate) fn calls(&self, call: &str) -> usize {
+        let state = self.state.lock().unwrap();
+        state.calls.iter().filter(|(name, _)| name == call).count()
+    }
+
+    pub(crate) fn body_of(&self, call: &str) -> Value {
+        let state = self.state.lock().unwrap();
+        let found = state.calls.iter().find(|(name, _)| name == call);
+        found.expect("it was called").1.clone()
+    }
+}
+
+async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.unwrap().to_bytes();
+    let body = serde_json::from_slice(&body).unwrap_or_default();
+    let call = format!("{} {}", head.method, head.uri.path());
+    state.lock().unwrap().calls.push((call.clone(), body));
+    let json = |status: u16, body: Value| {
+        Response::builder()
+            .status(status)
+            .body(Full::from(body.to_string()))
+            .unwrap()
+    };
+    if head
+        .headers
+        .get("authorization")
+        .is_none_or(|key| key != "Bearer secret")
+    {
+        return json(401, json!({ "title": "unauthenticated" }));
+    }
+    match call.as_str() {
+        "POST /v2/nvcf/functions" => {
+            json(200, json!({ "function": { "id": "f", "versionId": "v" } }))
+        }
+        "POST /v2/nvcf/deployments/functions/f/versions/v" => {
+            json(200, json!({ "deployment": {} }))
+        }
+        "GET /v2/nvcf/functions/f/versions/v" => {
+            json(200, json!({ "function": { "status": "ACTIVE" } }))
+        }
+        "DELETE /v2/nvcf/functions/f/versions/v" => json(204, Value::Null),
+        "GET /v2/weir/instances" => {
+            let instance = state.lock().unwrap().instance();
+            json(
+                200,
+                json!({ "instances": instance.into_iter().collect::<Vec<_>>() }),
+            )
+        }
+        "GET /v2/weir/instances/i" => {
+            let instance = state.lock().unwrap().instance();
+            json(200, json!({ "instance": instance }))
+        }
+        "GET /metrics" => {
+            let state = state.lock().unwrap();
+            let queued = state.calls.iter().filter(|(name, _)| name == "POST /echo");
+            let line = format!("weir_queue_depth{{version=\"v\"}} {}\n", queued.count());
+            Response::new(Full::from(line))
+        }
+        // The invocation of a version that never gets ready.
+        "POST /echo" => std::future::pending().await,
+        "POST /infer" | "GET /infer" => invoke(&state).await,
+        _ => json(404, json!({})),
+    }
+}
+
+async fn invoke(state: &Mutex<State>) -> Response<Full<Bytes>> {
+    if state.lock().unwrap().instance().is_none() {
+        let spawned = jiff::Timestamp::now();
+        tokio::time::sleep(FakeWeir::OWN_START).await;
+        let healthy = jiff::Timestamp::now();
+        tokio::time::sleep(FakeWeir::ADDED).await;
+        state.lock().unwrap().instance = Some(Started {
+            spawned,
+            healthy,
+            used: Instant::now(),
+        });
+    }
+    let mut state = state.lock().unwrap();
+    if let Some(started) = &mut state.instance {
+        started.used = Instant::now();
+    }
+    let mut response = Response::builder()
+        .status(state.status)
+        .header("x-instance", "i")
+        .header("x-received-at", format!("{:.6}", jiff::Timestamp::now()));
+    if state.status != 200 {
+        response = response.header("x-weir-error", "no-capacity");
+    }
+    response.body(Full::default()).unwrap()
+}

@@ -1,0 +1,489 @@
+//! Replays an LLM trace against a running Weir and compares the
+//! instance-seconds it used with the least possible.
+//!
+//! Arrivals are open-loop: a request is sent at its time in the trace (divided
+//! by `--speed`), however many are outstanding, and its latency counts from
+//! that time, not from when the replayer got round to it.
+//!
+//! # The least possible instance-seconds
+//!
+//! What a scheduler that knows the future would use, with the same requests,
+//! the same slots, the same cap on instances and the same start time:
+//!
+//! 1. Every request is served on arrival, as an instance is always there in
+//!    time; only when all slots of `maxInstances` instances are busy does it
+//!    wait, first come first served. This gives the number of requests in
+//!    service at each instant, `c(t)`.
+//! 2. At each instant at least `ceil(c(t) / slots)` instances are running.
+//! 3. Level *k* is "the *k*-th instance": busy where that number is at least
+//!    *k*. Each first use of a level costs one start, as an instance that is
+//!    starting is there too. Between two busy intervals of a level an instance
+//!    is either kept, which costs the gap, or stopped and started again, which
+//!    costs the start time; knowing the gap, the cheaper is taken.
+//!
+//! Instances of a version are alike and start times are equal, so the choices
+//! of the levels are independent, and the sum of the levels' best is the best
+//! of all. It is a bound and not a plan: it packs requests in service as if
+//! they could move between instances, and has no delay of its own between
+//! deciding and starting. No scheduler that lets no request wait can use
+//! less; one that lets requests wait might, by serving them closer together,
+//! and the ratio is then to be read with the waits. What none can go below is
+//! all service times divided by the slots, which is shown beside it.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use hdrhistogram::Histogram;
+use indicatif::ProgressBar;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::client::{Client, TargetArgs, Version, deleting, iso, parse_duration, raise_files};
+
+mod bound;
+mod report;
+
+use bound::{Job, least_instance_seconds};
+
+const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+
+#[derive(Debug, clap::Args)]
+pub struct ReplayArgs {
+    /// The trace, as CSV: TIMESTAMP,ContextTokens,GeneratedTokens
+    #[arg(value_name = "TRACE.csv")]
+    pub trace: PathBuf,
+    /// How many times as fast as the trace. Divides arrivals, service times,
+    /// start delay and the autoscaler's windows alike
+    #[arg(long, default_value_t = 20.0, value_parser = speed)]
+    pub speed: f64,
+    /// How long an instance takes to start, in the trace's time
+    #[arg(long, default_value = "PT10S", value_parser = parse_duration)]
+    pub start_delay: Duration,
+    #[arg(long, default_value_t = 0)]
+    pub min_instances: u32,
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_instances: u32,
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_request_concurrency: u32,
+    #[arg(long, default_value_t = 0.7)]
+    pub target_utilization: f64,
+    /// In the trace's time, as are the three below
+    #[arg(long, default_value = "PT60S", value_parser = parse_duration)]
+    pub stable_window: Duration,
+    #[arg(long, default_value = "PT6S", value_parser = parse_duration)]
+    pub panic_window: Duration,
+    #[arg(long, default_value = "PT0S", value_parser = parse_duration)]
+    pub scale_in_delay: Duration,
+    #[arg(long, default_value = "PT60S", value_parser = parse_duration)]
+    pub idle_timeout: Duration,
+    /// How many requests may wait
+    #[arg(long, default_value_t = 100_000)]
+    pub queue: u32,
+    /// Milliseconds of service for each token of context
+    #[arg(long, default_value_t = 0.25)]
+    pub prefill_ms: f64,
+    /// Milliseconds of service for each generated token
+    #[arg(long, default_value_t = 15.0)]
+    pub decode_ms: f64,
+    /// Write the summary here
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    #[command(flatten)]
+    pub target: TargetArgs,
+}
+
+fn speed(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(speed) if speed > 0.0 && speed.is_finite() => Ok(speed),
+        _ => Err("must be a number above 0".into()),
+    }
+}
+
+/// One request of the trace, at the replay's speed.
+#[derive(Clone, Debug, PartialEq)]
+struct Planned {
+    /// After the trace's first request.
+    at: Duration,
+    service: Duration,
+    bytes: u64,
+}
+
+/// What came of one request.
+struct Outcome {
+    /// A status, with Weir's error code where there is one; or why there was
+    /// no whole answer.
+    answer: Result<String, String>,
+    /// Latency less service time.
+    wait: Duration,
+}
+
+/// How many instances there were at one time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+struct Count {
+    /// Seconds after the first request.
+    at: f64,
+    starting: usize,
+    ready: usize,
+    draining: usize,
+    error: usize,
+}
+
+impl Count {
+    /// Those that use a machine.
+    fn running(&self) -> usize {
+        self.starting + self.ready + self.draining
+    }
+}
+
+#[derive(Debug, Default)]
+struct Watched {
+    counts: Vec<Count>,
+    ids: HashSet<String>,
+    /// Looks that failed.
+    missed: u64,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Summary {
+    trace: String,
+    speed: f64,
+    requests: usize,
+    answered: BTreeMap<String, u64>,
+    errors: BTreeMap<String, u64>,
+    wait_milliseconds: Waits,
+    instances_started: usize,
+    /// Rises from no instance to one.
+    cold_starts: usize,
+    instance_seconds: f64,
+    least_instance_seconds: f64,
+    /// All service times divided by slots: instances that were always full
+    /// and started in no time.
+    work_instance_seconds: f64,
+    ratio: Option<f64>,
+    samples_missed: u64,
+    instances: Vec<Count>,
+}
+
+#[derive(Debug, Serialize)]
+struct Waits {
+    p50: f64,
+    p90: f64,
+    p99: f64,
+    max: f64,
+}
+
+pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
+    let plan = read_plan(&args)?;
+    // A request that waits holds a connection.
+    raise_files()?;
+    let client = Client::new(&args.target)?;
+    let start = args.start_delay.div_f64(args.speed);
+    let name = format!("bench-replay-{}", &uuid::Uuid::new_v4().to_string()[..8]);
+    let version = client.create(&name, start).await?;
+    let run = run(&args, &client, &version, &plan);
+    let (outcomes, watched) = deleting(&client, std::slice::from_ref(&version), run).await?;
+
+    let jobs: Vec<Job> = plan
+        .iter()
+        .map(|p| Job {
+            arrival: p.at.as_secs_f64(),
+            service: p.service.as_secs_f64(),
+        })
+        .collect();
+    let least = least_instance_seconds(
+        &jobs,
+        args.max_request_concurrency as usize,
+        args.max_instances as usize,
+        start.as_secs_f64(),
+    );
+    let work: f64 = jobs.iter().map(|job| job.service).sum();
+    let work = work / f64::from(args.max_request_concurrency);
+    let summary = summarize(&args, &outcomes, watched, least, work)?;
+    println!("{}", report::render(&summary));
+    if let Some(path) = &args.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&summary)?)
+            .with_context(|| format!("could not write {}", path.display()))?;
+    }
+    let good = summary.answered.get("200").copied().unwrap_or(0);
+    let bad = summary.requests as u64 - good;
+    if bad > 0 {
+        bail!("{bad} of {} requests were not answered 200", plan.len());
+    }
+    Ok(())
+}
+
+fn read_plan(args: &ReplayArgs) -> anyhow::Result<Vec<Planned>> {
+    let file = std::fs::File::open(&args.trace)
+        .with_context(|| format!("could not open {}", args.trace.display()))?;
+    plan(file, args.speed, args.prefill_ms, args.decode_ms)
+        .with_context(|| format!("could not read {}", args.trace.display()))
+}
+
+fn plan(
+    csv: impl std::io::Read,
+    speed: f64,
+    prefill_ms: f64,
+    decode_ms: f64,
+) -> anyhow::Result<Vec<Planned>> {
+    #[derive(Deserialize)]
+    struct Row {
+        #[serde(rename = "TIMESTAMP")]
+        timestamp: jiff::civil::DateTime,
+        #[serde(rename = "ContextTokens")]
+        context: u64,
+        #[serde(rename = "GeneratedTokens")]
+        generated: u64,
+    }
+    let mut rows = csv::Reader::from_reader(csv)
+        .deserialize()
+        .collect::<Result<Vec<Row>, _>>()?;
+    rows.sort_by_key(|row| row.timestamp);
+    let Some(first) = rows.first().map(|row| row.timestamp) else {
+        bail!("the trace has no requests");
+    };
+    rows.into_iter()
+        .map(|row| {
+            let since = row.timestamp.duration_since(first).as_secs_f64();
+            let service_ms = row.context as f64 * prefill_ms + row.generated as f64 * decode_ms;
+            Ok(Planned {
+                at: Duration::try_from_secs_f64(since / speed)?,
+                service: Duration::try_from_secs_f64(service_ms / 1e3 / speed)?,
+                // A token of English is about four bytes.
+                bytes: row.generated * 4,
+            })
+        })
+        .collect()
+}
+
+fn deployment(args: &ReplayArgs) -> serde_json::Value {
+    let scaled = |duration: Duration| iso(duration.div_f64(args.speed));
+    json!({
+        "deploymentSpecifications": [{
+            "gpu": "none",
+            "instanceType": "none",
+            "minInstances": args.min_instances,
+            "maxInstances": args.max_instances,
+            "maxRequestConcurrency": args.max_request_concurrency,
+        }],
+        "autoscaling": {
+            "policy": "concurrency",
+            "targetUtilization": args.target_utilization,
+            "stableWindow": scaled(args.stable_window),
+            "panicWindow": scaled(args.panic_window),
+            "scaleInDelay": scaled(args.scale_in_delay),
+            "idleTimeout": scaled(args.idle_timeout),
+        },
+        "queue": { "maxRequests": args.queue },
+    })
+}
+
+async fn run(
+    args: &ReplayArgs,
+    client: &Client,
+    version: &Version,
+    plan: &[Planned],
+) -> anyhow::Result<(Vec<Outcome>, Watched)> {
+    client.deploy(version, &deployment(args)).await?;
+    let start = Instant::now();
+    let (stop, stopped) = oneshot::channel();
+    let mut watcher = JoinSet::new();
+    watcher.spawn(watch(
+        client.clone(),
+        version.version.clone(),
+        start,
+        stopped,
+    ));
+
+    let outcomes = send_all(client, &version.function, plan, start).await;
+
+    // Scaling in takes a stable window, an idle time and a sampling period.
+    let settle = (args.stable_window + args.scale_in_delay + args.idle_timeout)
+        .div_f64(args.speed)
+        .mul_f64(3.0)
+        + Duration::from_secs(30);
+    if args.min_instances == 0
+        && let Err(error) = client.until_no_instances(&version.version, settle).await
+    {
+        eprintln!("warning: {error:#}");
+    }
+    let _ = stop.send(());
+    let watched = watcher.join_next().await.context("nobody watched")??;
+    Ok((outcomes, watched))
+}
+
+async fn send_all(
+    client: &Client,
+    function: &str,
+    plan: &[Planned],
+    start: Instant,
+) -> Vec<Outcome> {
+    // Draws nothing where stderr is no terminal.
+    let bar = ProgressBar::new(plan.len() as u64);
+    let function: Arc<str> = function.into();
+    let mut calls = JoinSet::new();
+    for planned in plan {
+        tokio::time::sleep_until(start + planned.at).await;
+        calls.spawn(send(
+            client.clone(),
+            Arc::clone(&function),
+            planned.clone(),
+            start,
+            bar.clone(),
+        ));
+    }
+    let outcomes = calls.join_all().await;
+    bar.finish_and_clear();
+    outcomes
+}
+
+async fn send(
+    client: Client,
+    function: Arc<str>,
+    planned: Planned,
+    start: Instant,
+    bar: ProgressBar,
+) -> Outcome {
+    let ms = planned.service.as_secs_f64() * 1e3;
+    let path = format!("/infer?ms={ms:.3}&bytes={}", planned.bytes);
+    let answer = async {
+        let response = client.invoke(&function, &path).send().await?;
+        let mut status = response.status().as_u16().to_string();
+        if let Some(code) = response.headers().get("x-weir-error") {
+            status.push(' ');
+            status.push_str(&String::from_utf8_lossy(code.as_bytes()));
+        }
+        response.bytes().await?;
+        Ok::<_, reqwest::Error>(status)
+    }
+    .await
+    .map_err(|error| {
+        // The innermost says what went wrong, without this request's URL.
+        let mut cause: &dyn std::error::Error = &error.without_url();
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        cause.to_string()
+    });
+    bar.inc(1);
+    Outcome {
+        answer,
+        wait: (start + planned.at)
+            .elapsed()
+            .saturating_sub(planned.service),
+    }
+}
+
+async fn watch(
+    client: Client,
+    version: String,
+    start: Instant,
+    mut stopped: oneshot::Receiver<()>,
+) -> Watched {
+    let mut watched = Watched::default();
+    let mut ticks = tokio::time::interval(SAMPLE_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    loop {
+        let last = tokio::select! {
+            _ = ticks.tick() => false,
+            _ = &mut stopped => true,
+        };
+        match client.instances(&version).await {
+            Ok(instances) => {
+                let count = |state: &str| instances.iter().filter(|i| i.state == state).count();
+                watched.counts.push(Count {
+                    at: start.elapsed().as_secs_f64(),
+                    starting: count("starting"),
+                    ready: count("ready"),
+                    draining: count("draining"),
+                    error: count("error"),
+                });
+                watched.ids.extend(instances.into_iter().map(|i| i.id));
+            }
+            Err(_) => watched.missed += 1,
+        }
+        if last {
+            return watched;
+        }
+    }
+}
+
+/// Each count holds until the next look.
+fn instance_seconds(counts: &[Count]) -> f64 {
+    counts
+        .windows(2)
+        .map(|pair| pair[0].running() as f64 * (pair[1].at - pair[0].at))
+        .sum()
+}
+
+fn cold_starts(counts: &[Count]) -> usize {
+    let mut before = 0;
+    let mut starts = 0;
+    for count in counts {
+        starts += usize::from(before == 0 && count.running() > 0);
+        before = count.running();
+    }
+    starts
+}
+
+fn summarize(
+    args: &ReplayArgs,
+    outcomes: &[Outcome],
+    watched: Watched,
+    least: f64,
+    work: f64,
+) -> anyhow::Result<Summary> {
+    let mut waits = Histogram::<u64>::new(3)?;
+    let mut answered = BTreeMap::new();
+    let mut errors = BTreeMap::new();
+    for outcome in outcomes {
+        let tally = match &outcome.answer {
+            Ok(status) => {
+                waits.record(outcome.wait.as_micros() as u64)?;
+                answered.entry(status.clone())
+            }
+            Err(error) => errors.entry(error.clone()),
+        };
+        *tally.or_insert(0) += 1;
+    }
+    let ms = |micros: u64| micros as f64 / 1e3;
+    let used = instance_seconds(&watched.counts);
+    Ok(Summary {
+        trace: file_name(&args.trace),
+        speed: args.speed,
+        requests: outcomes.len(),
+        answered,
+        errors,
+        wait_milliseconds: Waits {
+            p50: ms(waits.value_at_quantile(0.5)),
+            p90: ms(waits.value_at_quantile(0.9)),
+            p99: ms(waits.value_at_quantile(0.99)),
+            max: ms(waits.max()),
+        },
+        instances_started: watched.ids.len(),
+        cold_starts: cold_starts(&watched.counts),
+        instance_seconds: used,
+        least_instance_seconds: least,
+        work_instance_seconds: work,
+        // Nothing seen is nothing to compare.
+        ratio: (used > 0.0 && least > 0.0).then(|| used / least),
+        samples_missed: watched.missed,
+        instances: watched.counts,
+    })
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+//! What Weir adds to a cold start.
+//!
+//! A cold request's way is: it arrives, an instance is started, the instance
+//! gets ready by itself, the request is dispatched to it. The time from
+//! sending the request to the sample function's having its head
+//! (`x-received-at`), less the instance's own start (`spawnedAt` to
+//! `firstHealthyAt`), is what Weir took: noticing the demand, deciding,
+//! spawning, noticing readiness, dispatching. All clocks are this machine's.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use comfy_table::Table;
+use hdrhistogram::Histogram;
+use indicatif::ProgressBar;
+use serde_json::json;
+
+use crate::client::{Client, TargetArgs, Version, deleting};
+use crate::sample;
+
+#[derive(Debug, clap::Args)]
+pub struct WakeArgs {
+    /// How many cold starts, one after another
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// How long the instance takes until it listens
+    #[arg(long, value_name = "N", default_value_t = 300)]
+    pub start_delay_ms: u64,
+    #[command(flatten)]
+    pub target: TargetArgs,
+}
+
+/// One cold start.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Wake {
+    /// Arrival to dispatch.
+    whole: Duration,
+    /// The instance's own start.
+    own: Duration,
+}
+
+impl Wake {
+    fn added(&self) -> Duration {
+        self.whole.saturating_sub(self.own)
+    }
+}
+
+pub async fn wake(args: WakeArgs) -> anyhow::Result<()> {
+    let client = Client::new(&args.target)?;
+    let start = Duration::from_millis(args.start_delay_ms);
+    let name = format!("bench-wake-{}", &uuid::Uuid::new_v4().to_string()[..8]);
+    let version = client.create(&name, start).await?;
+    let run = run(&args, &client, &version);
+    let wakes = deleting(&client, std::slice::from_ref(&version), run).await?;
+    println!("{}", render(&wakes)?);
+    Ok(())
+}
+
+fn deployment() -> serde_json::Value {
+    json!({
+        "deploymentSpecifications": [{
+            "gpu": "none",
+            "instanceType": "none",
+            "minInstances": 0,
+            "maxInstances": 1,
+            "maxRequestConcurrency": 1,
+        }],
+        "autoscaling": {
+            "policy": "concurrency",
+            "stableWindow": "PT1S",
+            "panicWindow": "PT0.5S",
+            "scaleInDelay": "PT0S",
+            // Long enough to read the instance's times before it is gone.
+            "idleTimeout": "PT1S",
+        },
+    })
+}
+
+async fn run(args: &WakeArgs, client: &Client, version: &Version) -> anyhow::Result<Vec<Wake>> {
+    client.deploy(version, &deployment()).await?;
+    let bar = ProgressBar::new(args.runs.into());
+    let mut wakes = Vec::new();
+    for run in 1..=args.runs {
+        client
+            .until_no_instances(&version.version, Duration::from_secs(60))
+            .await?;
+        let wake = one(client, version)
+            .await
+            .with_context(|| format!("run {run} of {}", args.runs))?;
+        wakes.push(wake);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(wakes)
+}
+
+async fn one(client: &Client, version: &Version) -> anyhow::Result<Wake> {
+    let request = client.invoke(&version.function, "/infer?ms=0");
+    let sent = jiff::Timestamp::now();
+    let response = request.send().await?;
+    if response.status() != 200 {
+        bail!("answered {}: {}", response.status(), response.text().await?);
+    }
+    let headers = response.headers();
+    let received = sample::received_at(headers).context("no x-received-at in the answer")?;
+    let id = headers
+        .get("x-instance")
+        .and_then(|id| id.to_str().ok())
+        .context("no x-instance in the answer")?
+        .to_owned();
+    response.bytes().await?;
+    let instance = client.instance(&id).await?;
+    let spawned = instance.spawned_at.context("no spawnedAt")?;
+    let healthy = instance.first_healthy_at.context("no firstHealthyAt")?;
+    if spawned < sent {
+        bail!("instance {id} was there before the request");
+    }
+    Ok(Wake {
+        whole: between(sent, received)?,
+        own: between(spawned, healthy)?,
+    })
+}
+
+fn between(from: jiff::Timestamp, to: jiff::Timestamp) -> anyhow::Result<Duration> {
+    Duration::try_from(to.duration_since(from))
+        .ok()
+        .with_context(|| format!("{to} is before {from}"))
+}
+
+fn render(wakes: &[Wake]) -> anyhow::Result<String> {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(["milliseconds", "median", "p90", "max"]);
+    let mut row = |name: &str, of: fn(&Wake) -> Duration| -> anyhow::Result<()> {
+        let mut histogram = Histogram::<u64>::new(4)?;
+        for wake in wakes {
+            histogram.record(of(wake).as_micros() as u64)?;
+        }
+        let ms = |micros: u64| format!("{:.2}", micros as f64 / 1e3);
+        table.add_row([
+            name.to_owned(),
+            ms(histogram.value_at_quantile(0.5)),
+            ms(histogram.value_at_quantile(0.9)),
+            ms(histogram.max()),
+        ]);
+        Ok(())
+    };
+    row("arrival to dispatch", |wake| wake.whole)?;
+    row("the instance's own start", |wake| wake.own)?;
+    row("added by Weir", Wake::added)?;
+    Ok(format!("{} cold starts\n{}", wakes.len(), table.trim_fmt()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::fake::FakeWeir;
+
+    #[tokio::test]
+    async fn each_run_is_a_cold_start_of_its_own() {
+        let fake = FakeWeir::start(200).await;
+        let args = WakeArgs {
+            runs: 2,
+            start_delay_ms: 20,
+            target: fake.target(),
+        };
+        let client = Client::new(&args.target).unwrap();
+        let version = client.create("wake", Duration::ZERO).await.unwrap();
+        let wakes = run(&args, &client, &version).await.unwrap();
+        assert_eq!(wakes.len(), 2);
+        for wake in wakes {
+            assert!(wake.own >= FakeWeir::OWN_START, "{wake:?}");
+            assert!(wake.added() >= FakeWeir::ADDED, "{wake:?}");
+        }
+        wake(args).await.unwrap();
+        assert_eq!(fake.calls("POST /infer"), 4);
+        assert_eq!(fake.calls("DELETE /v2/nvcf/functions/f/versions/v"), 1);
+    }
+
+    #[test]
+    fn what_is_not_the_instances_own_is_added() {
+        let ms = Duration::from_millis;
+        let wakes: Vec<Wake> = (1..=10)
+            .map(|i| Wake {
+                whole: ms(300 + i),
+                own: ms(300),
+            })
+            .collect();
+        let text = render(&wakes).unwrap();
+        let added = text.lines().find(|l| l.contains("added by Weir")).unwrap();
+        let numbers: Vec<&str> = added.split_whitespace().skip(3).collect();
+        assert_eq!(numbers, ["5.00", "9.00", "10.00"]);
+    }
+
+    #[test]
+    fn times_that_run_backwards_are_an_error() {
+        let now = jiff::Timestamp::now();
+        let later = now + Duration::from_millis(5);
+        assert_eq!(between(now, later).unwrap(), Duration::from_millis(5));
+        assert!(between(later, now).is_err());
+    }
+}
