@@ -1,1 +1,45 @@
-fn main() {}
+//! The one binary: reads the command line and runs the command.
+
+use std::{io::IsTerminal, process::ExitCode};
+
+use tracing_subscriber::EnvFilter;
+use weir_proxy::{
+    args::{self, Command},
+    cli, serve,
+};
+
+fn main() -> ExitCode {
+    let args = args::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            EnvFilter::try_from_env("WEIR_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
+        )
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    let outcome = match args.command {
+        Command::Serve(args) => serve::serve(&args),
+        Command::Client(command) => on_a_runtime(cli::run(command)),
+        Command::SampleFunction(args) => on_a_runtime(async {
+            weir_bench::sample::serve(args)
+                .await
+                .map(|()| ExitCode::SUCCESS)
+        }),
+        Command::Bench(bench) => {
+            on_a_runtime(async { weir_bench::run(bench).await.map(|()| ExitCode::SUCCESS) })
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn on_a_runtime(
+    command: impl Future<Output = anyhow::Result<ExitCode>>,
+) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(command)
+}

@@ -1,0 +1,262 @@
+//! What is written down of a request when it ends, however it ends: metrics
+//! and one line of the access log.
+//!
+//! An [`Account`] travels with the request and then with the answer's body. It
+//! is closed by `complete`, or by being dropped: that is a caller who left,
+//! code 499 as in nginx's log.
+
+use std::{io::Write, net::IpAddr, sync::Arc, thread, time::Duration};
+
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio::time::Instant;
+use uuid::Uuid;
+use weir_control::model::{FunctionId, VersionId};
+
+use crate::{server::OpenRequest, table::Deployed};
+
+#[derive(Debug)]
+pub struct Account {
+    open: Option<Box<Open>>,
+}
+
+struct Open {
+    /// Counts the request on its core and its connection, until it ends.
+    _counted: OpenRequest,
+    log: AccessLog,
+    request_id: Uuid,
+    peer: IpAddr,
+    method: http::Method,
+    arrived: Instant,
+    function: Option<FunctionId>,
+    version: Option<VersionId>,
+    deployed: Option<Arc<Deployed>>,
+    /// From arrival to the slot.
+    waited: Option<Duration>,
+    dispatched: Option<Instant>,
+    instance_took: Option<Duration>,
+    attempts: u32,
+    status: u16,
+    error: Option<&'static str>,
+    sent: u64,
+}
+
+impl std::fmt::Debug for Open {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} -> {}", self.request_id, self.status)
+    }
+}
+
+/// The status of a request whose caller left.
+const LEFT: u16 = 499;
+
+impl Account {
+    #[must_use]
+    pub fn open(
+        log: AccessLog,
+        counted: OpenRequest,
+        request_id: Uuid,
+        peer: IpAddr,
+        method: http::Method,
+        arrived: Instant,
+    ) -> Self {
+        Self {
+            open: Some(Box::new(Open {
+                _counted: counted,
+                log,
+                request_id,
+                peer,
+                method,
+                arrived,
+                function: None,
+                version: None,
+                deployed: None,
+                waited: None,
+                dispatched: None,
+                instance_took: None,
+                attempts: 0,
+                status: LEFT,
+                error: None,
+                sent: 0,
+            })),
+        }
+    }
+
+    pub fn target(&mut self, function: FunctionId, version: Option<VersionId>) {
+        if let Some(open) = &mut self.open {
+            open.function = Some(function);
+            open.version = version;
+        }
+    }
+
+    pub fn deployed(&mut self, deployed: &Arc<Deployed>) {
+        if let Some(open) = &mut self.open {
+            open.version = Some(deployed.version);
+            open.deployed = Some(deployed.clone());
+        }
+    }
+
+    /// It has a slot, after `waited` in the queue if it was there at all.
+    pub fn dispatched(&mut self, waited: Option<Duration>) {
+        if let Some(open) = &mut self.open {
+            open.attempts += 1;
+            open.dispatched = Some(Instant::now());
+            open.waited = waited.or(open.waited);
+            if let (Some(waited), Some(deployed)) = (waited, &open.deployed) {
+                deployed.metrics.waited(waited);
+            }
+        }
+    }
+
+    pub fn instance_done(&mut self) {
+        if let Some(open) = &mut self.open
+            && let (Some(dispatched), None) = (open.dispatched, open.instance_took)
+        {
+            let took = dispatched.elapsed();
+            open.instance_took = Some(took);
+            if let Some(deployed) = &open.deployed {
+                deployed.served(took);
+            }
+        }
+    }
+
+    /// The head of the answer is decided.
+    pub fn answered(&mut self, status: http::StatusCode, error: Option<&'static str>) {
+        if let Some(open) = &mut self.open {
+            open.status = status.as_u16();
+            open.error = error;
+        }
+    }
+
+    pub fn sent(&mut self, bytes: u64) {
+        if let Some(open) = &mut self.open {
+            open.sent += bytes;
+        }
+    }
+
+    /// The instance's answer broke off.
+    pub fn broken(&mut self) {
+        if let Some(open) = &mut self.open {
+            open.error = Some("instance-lost");
+        }
+        self.instance_done();
+        self.complete();
+    }
+
+    /// Moves it to the answer's body; what is left writes nothing.
+    #[must_use]
+    pub fn take(&mut self) -> Self {
+        Self {
+            open: self.open.take(),
+        }
+    }
+
+    /// The last byte is with hyper.
+    pub fn complete(&mut self) {
+        if let Some(open) = self.open.take() {
+            open.close();
+        }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        if let Some(mut open) = self.open.take() {
+            open.status = LEFT;
+            open.close();
+        }
+    }
+}
+
+impl Open {
+    fn close(self: Box<Self>) {
+        let duration = self.arrived.elapsed();
+        if let Some(deployed) = &self.deployed {
+            let instance = self
+                .instance_took
+                .or_else(|| self.dispatched.map(|at| at.elapsed()))
+                .unwrap_or_default();
+            let waited = self.waited.unwrap_or_default();
+            let overhead = duration.saturating_sub(instance).saturating_sub(waited);
+            deployed.metrics.invocation(self.status, duration, overhead);
+        }
+        if let Some(lines) = &self.log.0 {
+            let line = Line {
+                time: Timestamp::now(),
+                request_id: self.request_id,
+                peer: self.peer,
+                method: self.method.as_str().into(),
+                function: self.function,
+                version: self.version,
+                status: self.status,
+                error: self.error,
+                bytes: self.sent,
+                attempts: self.attempts,
+                duration_ms: millis(duration),
+                wait_ms: self.waited.map(millis),
+                instance_ms: self.instance_took.map(millis),
+            };
+            // A full channel drops the line: the log may not slow a request down.
+            _ = lines.try_send(line);
+        }
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// One line of the access log; the names are stable.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Line {
+    time: Timestamp,
+    request_id: Uuid,
+    peer: IpAddr,
+    method: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function: Option<FunctionId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    version: Option<VersionId>,
+    status: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'static str>,
+    bytes: u64,
+    attempts: u32,
+    duration_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    wait_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instance_ms: Option<f64>,
+}
+
+/// Where lines go: a thread of its own writes them.
+#[derive(Clone)]
+pub struct AccessLog(Option<std::sync::mpsc::SyncSender<Line>>);
+
+impl AccessLog {
+    #[must_use]
+    pub fn off() -> Self {
+        Self(None)
+    }
+
+    /// Lines that wait to be written are at most 16,384; more are dropped.
+    pub fn to(mut out: impl Write + Send + 'static) -> std::io::Result<Self> {
+        let (send, lines) = std::sync::mpsc::sync_channel::<Line>(16 << 10);
+        thread::Builder::new()
+            .name("access-log".into())
+            .spawn(move || {
+                let mut buffer = Vec::new();
+                while let Ok(line) = lines.recv() {
+                    for line in std::iter::once(line).chain(lines.try_iter().take(256)) {
+                        // Writing to memory, of a value with string keys only.
+                        _ = serde_json::to_writer(&mut buffer, &line);
+                        buffer.push(b'\n');
+                    }
+                    _ = out.write_all(&buffer).and_then(|()| out.flush());
+                    buffer.clear();
+                }
+            })?;
+        Ok(Self(Some(send)))
+    }
+}

@@ -1,0 +1,578 @@
+//! The command line of `weir`.
+//!
+//! A value of `weir serve` comes from its flag, else its environment variable,
+//! else the `--config` file, else the built-in default. The file's values are
+//! made the flags' defaults, so that clap alone decides which one counts.
+
+use std::{
+    ffi::OsString,
+    fmt,
+    net::SocketAddr,
+    num::NonZeroUsize,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use clap::{CommandFactory, FromArgMatches, error::ErrorKind, parser::ValueSource};
+use weir_control::model::IsoDuration;
+
+use crate::cli;
+
+/// A proxy for serverless GPU functions that speaks NVIDIA Cloud Functions' API
+#[derive(Debug, clap::Parser)]
+#[command(name = "weir", version)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Serve: the data plane, the lifecycle API and this node's instances
+    Serve(ServeArgs),
+    #[command(flatten)]
+    Client(cli::Command),
+    /// A function to try things with: echoes, works, streams, fails as told
+    SampleFunction(weir_bench::sample::SampleArgs),
+    /// Load a running `weir serve` and measure it
+    #[command(subcommand)]
+    Bench(weir_bench::Bench),
+}
+
+/// What `weir serve` is told.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ServeArgs {
+    /// Address of the data plane: invocations and nothing else
+    #[arg(
+        long,
+        env = "WEIR_LISTEN",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:8080"
+    )]
+    pub listen: SocketAddr,
+
+    /// Address of the lifecycle API, the metrics and the health checks
+    #[arg(
+        long,
+        env = "WEIR_ADMIN",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:8081"
+    )]
+    pub admin: SocketAddr,
+
+    /// Directory of the control state, the admin key and the instances' logs
+    #[arg(
+        long,
+        env = "WEIR_DATA_DIR",
+        value_name = "DIR",
+        default_value = ".weir"
+    )]
+    pub data_dir: PathBuf,
+
+    /// TOML file with defaults for these flags; its keys are the flags' names without the dashes in front [default: none]
+    #[arg(long, env = "WEIR_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Devices of this node by declaration, as NAME:COUNT, a comma list [default: those that are found]
+    #[arg(long, env = "WEIR_GPUS", value_name = "NAME:COUNT")]
+    pub gpus: Option<DeclaredGpus>,
+
+    /// Ports that instances are told to listen on, first and last
+    #[arg(long, env = "WEIR_INSTANCE_PORTS", value_name = "FIRST-LAST",
+          default_value = "20000-29999", value_parser = ports)]
+    pub instance_ports: RangeInclusive<u16>,
+
+    /// User that instances run as where weir runs as root [default: nobody]
+    #[arg(long, env = "WEIR_INSTANCE_USER", value_name = "USER")]
+    pub instance_user: Option<String>,
+
+    /// How long to go on accepting after SIGTERM, an ISO 8601 duration
+    #[arg(
+        long,
+        env = "WEIR_DRAIN_DELAY",
+        value_name = "DURATION",
+        default_value = "PT0S"
+    )]
+    pub drain_delay: IsoDuration,
+
+    /// How long what waits or runs is served after that, an ISO 8601 duration
+    #[arg(
+        long,
+        env = "WEIR_GRACE",
+        value_name = "DURATION",
+        default_value = "PT15S"
+    )]
+    pub grace: IsoDuration,
+
+    /// Who may call: holders of a key, or anyone (only on loopback addresses)
+    #[arg(long, env = "WEIR_AUTH", default_value = "keys")]
+    pub auth: Auth,
+
+    /// Where a line for each invocation goes: stdout, off, or a file to append to
+    #[arg(
+        long,
+        env = "WEIR_ACCESS_LOG",
+        value_name = "stdout|off|FILE",
+        default_value = "stdout"
+    )]
+    pub access_log: AccessLog,
+
+    /// Cores to serve with, a number of threads [default: all there are]
+    #[arg(long, env = "WEIR_CORES", value_name = "N")]
+    pub cores: Option<NonZeroUsize>,
+
+    /// Largest body of an invocation, in bytes (KiB, MiB and GiB are understood)
+    #[arg(long, env = "WEIR_MAX_BODY", value_name = "BYTES",
+          default_value = "1GiB", value_parser = bytes)]
+    pub max_body: u64,
+
+    /// Connections of callers at a time, a number [default: 80% of the limit of open files]
+    #[arg(long, env = "WEIR_MAX_CONNECTIONS", value_name = "N")]
+    pub max_connections: Option<NonZeroUsize>,
+}
+
+impl ServeArgs {
+    /// Threads to serve with.
+    #[must_use]
+    pub fn cores(&self) -> usize {
+        self.cores
+            .or_else(|| std::thread::available_parallelism().ok())
+            .map_or(1, NonZeroUsize::get)
+    }
+
+    /// Callers' connections at a time. Reads the limit of open files: call it
+    /// after that was raised.
+    #[must_use]
+    pub fn max_connections(&self) -> usize {
+        self.max_connections.map_or_else(
+            || {
+                let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+                let files = limit.current.unwrap_or(1 << 20);
+                usize::try_from(files / 5 * 4).unwrap_or(usize::MAX).max(1)
+            },
+            NonZeroUsize::get,
+        )
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Auth {
+    Keys,
+    None,
+}
+
+/// Where the access log goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessLog {
+    Stdout,
+    Off,
+    File(PathBuf),
+}
+
+impl FromStr for AccessLog {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "stdout" => Ok(Self::Stdout),
+            "off" => Ok(Self::Off),
+            "" => Err("must be stdout, off or a file".into()),
+            file => Ok(Self::File(file.into())),
+        }
+    }
+}
+
+/// Devices that the operator says are there: name and count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeclaredGpus(pub Vec<(String, u32)>);
+
+impl FromStr for DeclaredGpus {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        s.split(',')
+            .map(|entry| {
+                let entry = entry.trim();
+                let (name, count) = entry.rsplit_once(':').unwrap_or((entry, "1"));
+                match count.parse() {
+                    Ok(count) if !name.is_empty() => Ok((name.to_owned(), count)),
+                    _ => Err(format!(
+                        "'{entry}' is not a name and a count such as H100:8"
+                    )),
+                }
+            })
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+}
+
+impl fmt::Display for DeclaredGpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (name, count)) in self.0.iter().enumerate() {
+            write!(f, "{}{name}:{count}", if i == 0 { "" } else { "," })?;
+        }
+        Ok(())
+    }
+}
+
+fn ports(s: &str) -> Result<RangeInclusive<u16>, String> {
+    let parsed = s
+        .split_once('-')
+        .and_then(|(first, last)| Some((first.trim().parse().ok()?, last.trim().parse().ok()?)));
+    match parsed {
+        Some((first, last)) if 0 < first && first <= last => Ok(first..=last),
+        _ => Err("must be the first and the last port, such as 20000-29999".into()),
+    }
+}
+
+fn bytes(s: &str) -> Result<u64, String> {
+    let digits = s.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit: u64 = match s[digits.len()..].trim() {
+        "" | "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return Err("must be a number of bytes, such as 1048576, 1MiB or 1GiB".into()),
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(unit))
+        .ok_or_else(|| "must be a number of bytes, such as 1048576, 1MiB or 1GiB".into())
+}
+
+/// Reads the command line; ends the process where it is wrong.
+#[must_use]
+pub fn parse() -> Args {
+    parse_from(std::env::args_os()).unwrap_or_else(|error| error.exit())
+}
+
+/// [`parse`] of the given words, the program's name first.
+pub fn parse_from(words: impl IntoIterator<Item = OsString>) -> Result<Args, clap::Error> {
+    let words: Vec<OsString> = words.into_iter().collect();
+    let mut command = Args::command();
+    // Nothing is required that a file could give, so what fails here would fail with the file too.
+    let mut matches = command.try_get_matches_from_mut(&words)?;
+    if let Some(("serve", serve)) = matches.subcommand()
+        && let Some(file) = serve.get_one::<PathBuf>("config").cloned()
+    {
+        let given = match serve.value_source("config") {
+            Some(ValueSource::EnvVariable) => "WEIR_CONFIG",
+            _ => "--config",
+        };
+        command = with_defaults(&file).map_err(|why| {
+            Args::command().error(
+                ErrorKind::ValueValidation,
+                format!("{} (from {given}): {why}", file.display()),
+            )
+        })?;
+        matches = command.try_get_matches_from_mut(&words)?;
+    }
+    let args = Args::from_arg_matches(&matches).map_err(|e| e.format(&mut command))?;
+    if let Command::Serve(serve) = &args.command {
+        check(serve).map_err(|why| command.error(ErrorKind::ValueValidation, why))?;
+    }
+    Ok(args)
+}
+
+/// What no single flag can tell.
+fn check(serve: &ServeArgs) -> Result<(), String> {
+    for (flag, address) in [("--listen", serve.listen), ("--admin", serve.admin)] {
+        if serve.auth == Auth::None && !address.ip().is_loopback() {
+            return Err(format!(
+                "--auth none lets anyone in, so it takes loopback addresses only, and {flag} is {address}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The command line with the file's values as the defaults of `serve`'s flags.
+fn with_defaults(file: &Path) -> Result<clap::Command, String> {
+    let text = std::fs::read_to_string(file).map_err(|e| e.to_string())?;
+    let values = file_values(&text)?;
+
+    // As flags first: a value that is wrong is told so even where another one counts.
+    let mut words = vec!["weir".to_owned(), "serve".to_owned()];
+    words.extend(values.iter().map(|(key, value)| format!("--{key}={value}")));
+    Args::command()
+        .try_get_matches_from(words)
+        .map_err(|e| first_line(&e))?;
+
+    Ok(Args::command().mut_subcommand("serve", |mut serve| {
+        for (key, value) in values {
+            // clap keeps what it is given for as long as the process lives.
+            let value: &'static str = value.leak();
+            serve = serve.mut_arg(key.replace('-', "_"), |arg| arg.default_value(value));
+        }
+        serve
+    }))
+}
+
+fn first_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    line.strip_prefix("error: ").unwrap_or(line).to_owned()
+}
+
+/// The file's keys, each one a flag of `serve`, and their values as words.
+fn file_values(text: &str) -> Result<Vec<(String, String)>, String> {
+    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| e.to_string())?;
+    let command = Args::command();
+    let known: Vec<&str> = command
+        .find_subcommand("serve")
+        .into_iter()
+        .flat_map(clap::Command::get_arguments)
+        .filter_map(clap::Arg::get_long)
+        .filter(|long| !matches!(*long, "config" | "help" | "version"))
+        .collect();
+    table
+        .into_iter()
+        .map(|(key, value)| {
+            if !known.contains(&key.as_str()) {
+                return Err(format!("unknown key '{key}'; {}", nearest(&key, &known)));
+            }
+            let value = word(&value).ok_or_else(|| {
+                format!("the value of '{key}' must be a string, a number or a list of strings")
+            })?;
+            Ok((key, value))
+        })
+        .collect()
+}
+
+fn word(value: &toml::Value) -> Option<String> {
+    match value {
+        toml::Value::String(s) => Some(s.clone()),
+        toml::Value::Integer(n) => Some(n.to_string()),
+        toml::Value::Array(entries) => {
+            let words: Option<Vec<String>> = entries.iter().map(word).collect();
+            Some(words?.join(","))
+        }
+        _ => None,
+    }
+}
+
+fn nearest(key: &str, known: &[&str]) -> String {
+    let key = key.replace('_', "-");
+    let mut near: Vec<(usize, &str)> = known
+        .iter()
+        .map(|name| (distance(&key, name), *name))
+        .filter(|(distance, name)| {
+            *distance <= 1 + name.len() / 4 || name.starts_with(&key) || key.starts_with(name)
+        })
+        .collect();
+    near.sort_unstable();
+    if near.is_empty() {
+        format!("there are {}", known.join(", "))
+    } else {
+        let names: Vec<String> = near.iter().map(|(_, name)| format!("'{name}'")).collect();
+        format!("did you mean {}?", names.join(" or "))
+    }
+}
+
+/// Levenshtein's.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command as Process;
+
+    use super::*;
+
+    fn serve(words: &[&str]) -> Result<ServeArgs, String> {
+        let words = ["weir", "serve"].iter().chain(words).map(OsString::from);
+        match parse_from(words).map_err(|e| e.to_string())?.command {
+            Command::Serve(serve) => Ok(serve),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        file
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_of_serve_is_a_variable_too() {
+        let command = Args::command();
+        let serve = command.find_subcommand("serve").unwrap();
+        for arg in serve.get_arguments().filter(|a| a.get_id() != "help") {
+            let long = arg.get_long().unwrap();
+            let variable = format!("WEIR_{}", long.replace('-', "_").to_uppercase());
+            assert_eq!(
+                arg.get_env().unwrap_or_else(|| panic!("{long}")),
+                variable.as_str()
+            );
+            assert!(arg.get_help().is_some(), "{long}");
+        }
+    }
+
+    #[test]
+    fn built_in_defaults() {
+        let args = serve(&[]).unwrap();
+        assert_eq!(args.listen.to_string(), "127.0.0.1:8080");
+        assert_eq!(args.admin.to_string(), "127.0.0.1:8081");
+        assert_eq!(args.instance_ports, 20000..=29999);
+        assert_eq!(args.drain_delay, IsoDuration::secs(0));
+        assert_eq!(args.grace, IsoDuration::secs(15));
+        assert_eq!(args.auth, Auth::Keys);
+        assert_eq!(args.access_log, AccessLog::Stdout);
+        assert_eq!(args.max_body, 1 << 30);
+        assert!(args.max_connections() > 0 && args.cores() > 0);
+    }
+
+    #[test]
+    fn values_are_read() {
+        let args = serve(&[
+            "--gpus",
+            "H100:8,L4:2",
+            "--access-log",
+            "a.log",
+            "--max-body",
+            "2MiB",
+            "--instance-ports",
+            "3000-3001",
+            "--grace",
+            "PT1M",
+            "--max-connections",
+            "7",
+        ])
+        .unwrap();
+        assert_eq!(args.gpus.unwrap().to_string(), "H100:8,L4:2");
+        assert_eq!(args.access_log, AccessLog::File("a.log".into()));
+        assert_eq!(args.max_body, 2 << 20);
+        assert_eq!(args.instance_ports, 3000..=3001);
+        assert_eq!(args.grace, IsoDuration::secs(60));
+        assert_eq!(args.max_connections.unwrap().get(), 7);
+    }
+
+    #[test]
+    fn wrong_values_are_refused() {
+        for (flag, value) in [
+            ("--gpus", "H100:many"),
+            ("--max-body", "1GB"),
+            ("--max-body", "99999999999GiB"),
+            ("--instance-ports", "30-20"),
+            ("--instance-ports", "0-20"),
+            ("--grace", "15s"),
+            ("--cores", "0"),
+            ("--listen", "nowhere"),
+        ] {
+            let error = serve(&[flag, value]).unwrap_err();
+            assert!(error.contains(flag), "{flag} {value}: {error}");
+        }
+    }
+
+    #[test]
+    fn no_auth_is_for_loopback_only() {
+        assert!(serve(&["--auth", "none"]).is_ok());
+        for flag in ["--listen", "--admin"] {
+            let error = serve(&["--auth", "none", flag, "0.0.0.0:80"]).unwrap_err();
+            assert!(error.contains(flag), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_gives_defaults_and_flags_win() {
+        let file = file("listen = '127.0.0.1:1'\ndata-dir = 'd'\ncores = 3\ngpus = ['A:1', 'B:2']");
+        let path = file.path().to_str().unwrap();
+        let args = serve(&["--config", path, "--data-dir", "flag"]).unwrap();
+        assert_eq!(args.listen.port(), 1);
+        assert_eq!(args.data_dir, Path::new("flag"));
+        assert_eq!(args.cores(), 3);
+        assert_eq!(args.gpus.unwrap().to_string(), "A:1,B:2");
+        assert_eq!(args.admin.port(), 8081);
+    }
+
+    #[test]
+    fn unknown_and_wrong_keys_are_named() {
+        for (text, parts) in [
+            (
+                "data_dir = 'x'",
+                &["unknown key 'data_dir'", "'data-dir'"][..],
+            ),
+            ("lisen = 'x'", &["'lisen'", "did you mean 'listen'?"]),
+            (
+                "zzzzzzzzzz = 1",
+                &["'zzzzzzzzzz'", "there are listen, admin"],
+            ),
+            ("config = 'x'", &["unknown key 'config'"]),
+            ("listen = 'x'", &["'x'", "--listen"]),
+            ("listen = 1.5", &["'listen' must be a string"]),
+            ("listen", &["expected"]),
+        ] {
+            let file = file(text);
+            let path = file.path().to_str().unwrap();
+            let error = serve(&["--config", path]).unwrap_err();
+            assert!(error.contains(path), "{error}");
+            for part in parts {
+                assert!(error.contains(part), "{text}: {error}");
+            }
+        }
+        assert!(
+            serve(&["--config", "/no/such/file"])
+                .unwrap_err()
+                .contains("/no/such/file")
+        );
+    }
+
+    /// Runs in a process of its own, with an environment of its own.
+    #[test]
+    #[ignore = "started by a_variable_is_over_the_file_and_under_the_flag"]
+    fn child() {
+        let words: Vec<OsString> = std::env::var("TEST_WORDS")
+            .unwrap()
+            .split(' ')
+            .map(Into::into)
+            .collect();
+        match parse_from(words).unwrap().command {
+            Command::Serve(args) => println!(
+                "listen={} admin={} grace={}",
+                args.listen, args.admin, args.grace
+            ),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_variable_is_over_the_file_and_under_the_flag() {
+        let file = file("listen = '127.0.0.1:1'\nadmin = '127.0.0.1:1'\ngrace = 'PT1S'");
+        let output = Process::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "args::tests::child",
+                "--ignored",
+                "--nocapture",
+                "--test-threads=1",
+            ])
+            .env("WEIR_CONFIG", file.path())
+            .env("WEIR_LISTEN", "127.0.0.1:2")
+            .env("WEIR_ADMIN", "127.0.0.1:2")
+            .env("TEST_WORDS", "weir serve --listen 127.0.0.1:3")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            text.contains("listen=127.0.0.1:3 admin=127.0.0.1:2 grace=PT1S"),
+            "{text}"
+        );
+    }
+}

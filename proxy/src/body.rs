@@ -1,0 +1,320 @@
+//! Bodies on their way: the caller's to the instance, the instance's to the
+//! caller.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Bytes, BytesMut};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+
+use crate::{account::Account, upstream::Exchange};
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// The caller's body, of which a part may have been read while the invocation waited.
+#[derive(Debug, Default)]
+pub struct Held {
+    bytes: BytesMut,
+    trailers: Option<http::HeaderMap>,
+    /// What is not read yet.
+    rest: Option<Incoming>,
+    limit: u64,
+}
+
+/// Why a body could not be read on.
+#[derive(Debug, PartialEq, Eq)]
+pub enum BodyFailure {
+    TooLarge,
+    /// The caller broke it off.
+    Broken,
+}
+
+impl Held {
+    #[must_use]
+    pub fn new(body: Incoming, limit: u64) -> Self {
+        let rest = (!body.is_end_stream()).then_some(body);
+        Self {
+            bytes: BytesMut::new(),
+            trailers: None,
+            rest,
+            limit,
+        }
+    }
+
+    #[must_use]
+    pub fn whole(&self) -> bool {
+        self.rest.is_none()
+    }
+
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Reads one piece more into memory and says how long it was. Nothing is lost when this is dropped.
+    pub async fn read(&mut self) -> Result<u64, BodyFailure> {
+        let Some(rest) = &mut self.rest else {
+            return Ok(0);
+        };
+        let hint = rest.size_hint().exact();
+        match rest.frame().await {
+            Some(Ok(frame)) => {
+                let mut read = 0;
+                match frame.into_data() {
+                    Ok(data) => {
+                        read = data.len() as u64;
+                        if self.len() + read > self.limit {
+                            return Err(BodyFailure::TooLarge);
+                        }
+                        if self.bytes.is_empty() {
+                            // A copy of the right size: hyper's own buffer is 8 KiB and more, however short the piece.
+                            let expected = hint.unwrap_or(read).min(64 << 10);
+                            self.bytes.reserve(usize::try_from(expected).unwrap_or(0));
+                        }
+                        self.bytes.extend_from_slice(&data);
+                    }
+                    Err(frame) => self.trailers = frame.into_trailers().ok(),
+                }
+                if self.rest.as_ref().is_some_and(Body::is_end_stream) {
+                    self.rest = None;
+                }
+                Ok(read)
+            }
+            Some(Err(_)) => Err(BodyFailure::Broken),
+            None => {
+                self.rest = None;
+                Ok(0)
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn outgoing(self) -> Outgoing {
+        let progress = Arc::new(Progress::default());
+        let remaining = self.limit.saturating_sub(self.len());
+        let outgoing = Outgoing {
+            held: self.bytes.freeze(),
+            trailers: self.trailers,
+            rest: self.rest,
+            remaining,
+            progress,
+        };
+        outgoing.note_end();
+        outgoing
+    }
+}
+
+/// What the exchange and the request path need to know of a body that hyper owns by now.
+#[derive(Debug, Default)]
+pub struct Progress {
+    sent: AtomicBool,
+    too_large: AtomicBool,
+}
+
+impl Progress {
+    /// The last byte was handed over.
+    #[must_use]
+    pub fn sent(&self) -> bool {
+        self.sent.load(Ordering::Acquire)
+    }
+    #[must_use]
+    pub fn too_large(&self) -> bool {
+        self.too_large.load(Ordering::Acquire)
+    }
+}
+
+/// The body that the instance gets: what was held, then the rest as it comes.
+#[derive(Debug)]
+pub struct Outgoing {
+    held: Bytes,
+    trailers: Option<http::HeaderMap>,
+    rest: Option<Incoming>,
+    remaining: u64,
+    progress: Arc<Progress>,
+}
+
+impl Outgoing {
+    #[must_use]
+    pub fn progress(&self) -> Arc<Progress> {
+        self.progress.clone()
+    }
+
+    fn note_end(&self) {
+        if self.is_end_stream() {
+            self.progress.sent.store(true, Ordering::Release);
+        }
+    }
+}
+
+impl Body for Outgoing {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        if !self.held.is_empty() {
+            let held = std::mem::take(&mut self.held);
+            self.note_end();
+            return Poll::Ready(Some(Ok(Frame::data(held))));
+        }
+        if let Some(trailers) = self.trailers.take() {
+            self.note_end();
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+        }
+        let Some(rest) = &mut self.rest else {
+            return Poll::Ready(None);
+        };
+        let frame = ready!(Pin::new(rest).poll_frame(cx));
+        match &frame {
+            None => self.rest = None,
+            Some(Ok(frame)) => {
+                let length = frame.data_ref().map_or(0, |data| data.len() as u64);
+                match self.remaining.checked_sub(length) {
+                    Some(remaining) => self.remaining = remaining,
+                    None => {
+                        self.progress.too_large.store(true, Ordering::Release);
+                        return Poll::Ready(Some(Err("the body is larger than the limit".into())));
+                    }
+                }
+                if self.rest.as_ref().is_some_and(Body::is_end_stream) {
+                    self.rest = None;
+                }
+            }
+            Some(Err(_)) => {}
+        }
+        self.note_end();
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.held.is_empty() && self.trailers.is_none() && self.rest.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let held = self.held.len() as u64;
+        match &self.rest {
+            None => SizeHint::with_exact(held),
+            Some(rest) => {
+                let rest = rest.size_hint();
+                let mut hint = SizeHint::new();
+                hint.set_lower(held.saturating_add(rest.lower()));
+                if let Some(upper) = rest.upper() {
+                    hint.set_upper(held.saturating_add(upper));
+                }
+                hint
+            }
+        }
+    }
+}
+
+/// The body that the caller gets.
+#[derive(Debug)]
+pub enum Answer {
+    /// Weir's own words.
+    Own(Option<Bytes>, Account),
+    /// The instance's, as it comes. The exchange ends with its last byte, or is cancelled when this is dropped.
+    Instance(Box<Streamed>),
+}
+
+#[derive(Debug)]
+pub struct Streamed {
+    body: Incoming,
+    exchange: Option<Exchange>,
+    account: Account,
+}
+
+impl Streamed {
+    #[must_use]
+    pub fn new(body: Incoming, exchange: Exchange, account: Account) -> Self {
+        let mut streamed = Self {
+            body,
+            exchange: Some(exchange),
+            account,
+        };
+        streamed.note_end();
+        streamed
+    }
+
+    fn note_end(&mut self) {
+        if self.body.is_end_stream() {
+            self.end();
+        }
+    }
+
+    fn end(&mut self) {
+        self.account.instance_done();
+        if let Some(exchange) = self.exchange.take() {
+            exchange.finish();
+        }
+    }
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        match self.get_mut() {
+            Self::Own(bytes, account) => {
+                let bytes = bytes.take();
+                account.sent(bytes.as_ref().map_or(0, |b| b.len() as u64));
+                account.complete();
+                Poll::Ready(bytes.map(|bytes| Ok(Frame::data(bytes))))
+            }
+            Self::Instance(streamed) => {
+                let frame = ready!(Pin::new(&mut streamed.body).poll_frame(cx));
+                match &frame {
+                    Some(Ok(frame)) => {
+                        streamed
+                            .account
+                            .sent(frame.data_ref().map_or(0, |data| data.len() as u64));
+                        streamed.note_end();
+                        if streamed.exchange.is_none() {
+                            streamed.account.complete();
+                        }
+                    }
+                    Some(Err(_)) => streamed.account.broken(),
+                    None => {
+                        streamed.end();
+                        streamed.account.complete();
+                    }
+                }
+                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Own(bytes, _) => bytes.is_none(),
+            Self::Instance(streamed) => streamed.body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Own(bytes, _) => {
+                SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64))
+            }
+            Self::Instance(streamed) => streamed.body.size_hint(),
+        }
+    }
+}

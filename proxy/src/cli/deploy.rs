@@ -1,0 +1,537 @@
+//! `weir deploy`.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::bail;
+use reqwest::Method;
+use serde_json::{Map, Value, json};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+use weir_control::model::IsoDuration;
+
+use super::{
+    Common,
+    api::{Client, Row, Unnamed, deployment_path, is_not_found, pick_version, version_path},
+    list, note, read_object, text,
+};
+
+#[derive(Debug, clap::Args)]
+pub struct Deploys {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: DeployCommand,
+}
+
+#[derive(Debug, clap::Args)]
+struct Target {
+    /// The function's ID, or its name where that is unique
+    function: String,
+    /// The version's ID [default: to create, the newest; else the one that is deployed]
+    #[arg(long, value_name = "ID")]
+    version: Option<Uuid>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum DeployCommand {
+    /// Deploy a version
+    Create {
+        #[command(flatten)]
+        target: Target,
+        #[command(flatten)]
+        spec: DeploySpec,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Show a deployment whole
+    Get {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Change a deployment; what is not named stays
+    Update {
+        #[command(flatten)]
+        target: Target,
+        #[command(flatten)]
+        spec: DeploySpec,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// End a deployment
+    Delete {
+        #[command(flatten)]
+        target: Target,
+        /// Let what waits and runs end first
+        #[arg(long)]
+        graceful: bool,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Wait {
+    /// Return when the version is ACTIVE
+    #[arg(long)]
+    wait: bool,
+    /// Longest wait for that, an ISO 8601 duration
+    #[arg(long, value_name = "DURATION", default_value = "PT10M")]
+    wait_timeout: IsoDuration,
+}
+
+/// What a deployment is made of; each absent one is the server's default, or stays.
+#[derive(Debug, Default, clap::Args)]
+struct DeploySpec {
+    /// The whole body, JSON or YAML (- for standard input); the other flags replace its members
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Instances that are always there [default: 0]
+    #[arg(long, value_name = "N")]
+    min: Option<u32>,
+    /// Instances at most [default: 1, or --min where that is more]
+    #[arg(long, value_name = "N")]
+    max: Option<u32>,
+    /// Requests at a time in one instance [default: 1]
+    #[arg(long, value_name = "N")]
+    concurrency: Option<u32>,
+    /// GPU of an instance, by its name [default: none]
+    #[arg(long)]
+    gpu: Option<String>,
+    /// Instance type; a _<n>x at its end is the number of GPUs [default: none]
+    #[arg(long, value_name = "TYPE")]
+    instance_type: Option<String>,
+    /// Time without a request after which the instances above --min go, ISO 8601
+    #[arg(long, value_name = "DURATION")]
+    idle_timeout: Option<IsoDuration>,
+    /// Share of an instance's slots to aim at, above 0 and at most 1
+    #[arg(long, value_name = "SHARE")]
+    target_utilization: Option<f64>,
+    /// Time that lower demand must last before instances go, ISO 8601
+    #[arg(long, value_name = "DURATION")]
+    scale_in_delay: Option<IsoDuration>,
+    /// Requests that may wait
+    #[arg(long, value_name = "N")]
+    queue_max: Option<u64>,
+    /// Longest wait while an instance is ready, ISO 8601
+    #[arg(long, value_name = "DURATION")]
+    busy_timeout: Option<IsoDuration>,
+    /// Longest wait while none is, ISO 8601
+    #[arg(long, value_name = "DURATION")]
+    cold_timeout: Option<IsoDuration>,
+    /// Longest start of an instance, ISO 8601
+    #[arg(long, value_name = "DURATION")]
+    start_timeout: Option<IsoDuration>,
+    /// Longest time for an instance's requests to end when it goes, ISO 8601
+    #[arg(long, value_name = "DURATION")]
+    drain_timeout: Option<IsoDuration>,
+    /// Share of the function's requests, beside the weights of its other versions
+    #[arg(long, value_name = "N")]
+    traffic_weight: Option<u32>,
+}
+
+impl DeploySpec {
+    fn base(&self) -> anyhow::Result<Map<String, Value>> {
+        self.file
+            .as_deref()
+            .map_or_else(|| Ok(Map::new()), read_object)
+    }
+
+    fn create_body(&self) -> anyhow::Result<Value> {
+        let body = self.over(self.base()?)?;
+        Ok(with_defaults(body).into())
+    }
+
+    fn update_body(&self, deployment: &Value) -> anyhow::Result<Value> {
+        let mut body = changeable(deployment);
+        body.extend(self.base()?);
+        Ok(self.over(body)?.into())
+    }
+
+    /// The body with what the flags say put over it.
+    fn over(&self, mut body: Map<String, Value>) -> anyhow::Result<Map<String, Value>> {
+        let mut specification = Map::new();
+        let mut put = |member: &str, value: Option<Value>| {
+            if let Some(value) = value {
+                specification.insert(member.into(), value);
+            }
+        };
+        put("gpu", self.gpu.clone().map(Value::from));
+        put("instanceType", self.instance_type.clone().map(Value::from));
+        put("minInstances", self.min.map(Value::from));
+        put("maxInstances", self.max.map(Value::from));
+        put("maxRequestConcurrency", self.concurrency.map(Value::from));
+        if !specification.is_empty() {
+            let specifications = body
+                .entry("deploymentSpecifications")
+                .or_insert_with(|| json!([{}]));
+            match specifications.as_array_mut().map(Vec::as_mut_slice) {
+                Some([Value::Object(only)]) => only.extend(specification),
+                _ => bail!(
+                    "--gpu, --instance-type, --min, --max and --concurrency are for a deployment \
+                     with one specification: change the others with --file"
+                ),
+            }
+        }
+
+        let duration = |d: Option<IsoDuration>| d.map(|d| Value::from(d.to_string()));
+        for (group, member, value) in [
+            ("autoscaling", "idleTimeout", duration(self.idle_timeout)),
+            (
+                "autoscaling",
+                "targetUtilization",
+                self.target_utilization.map(Value::from),
+            ),
+            ("autoscaling", "scaleInDelay", duration(self.scale_in_delay)),
+            ("queue", "maxRequests", self.queue_max.map(Value::from)),
+            ("queue", "busyTimeout", duration(self.busy_timeout)),
+            ("queue", "coldTimeout", duration(self.cold_timeout)),
+        ] {
+            if let Some(value) = value {
+                match body.entry(group).or_insert_with(|| json!({})) {
+                    Value::Object(group) => group.insert(member.into(), value),
+                    _ => bail!("'{group}' must be an object"),
+                };
+            }
+        }
+        for (member, value) in [
+            ("startTimeout", duration(self.start_timeout)),
+            ("drainTimeout", duration(self.drain_timeout)),
+            ("trafficWeight", self.traffic_weight.map(Value::from)),
+        ] {
+            if let Some(value) = value {
+                body.insert(member.into(), value);
+            }
+        }
+        Ok(body)
+    }
+}
+
+/// The members of a specification that may stand on the deployment itself where there is one only.
+const SHORT: [&str; 5] = [
+    "gpu",
+    "instanceType",
+    "minInstances",
+    "maxInstances",
+    "maxRequestConcurrency",
+];
+
+/// The body with every required member: no GPU, none to one instance, one request at a time.
+pub(super) fn with_defaults(mut body: Map<String, Value>) -> Map<String, Value> {
+    let mut short = Map::new();
+    for member in SHORT {
+        if let Some(value) = body.remove(member) {
+            short.insert(member.into(), value);
+        }
+    }
+    let specifications = body
+        .entry("deploymentSpecifications")
+        .or_insert_with(|| json!([{}]));
+    for specification in specifications.as_array_mut().into_iter().flatten() {
+        let Value::Object(specification) = specification else {
+            continue;
+        };
+        for (member, value) in &short {
+            specification
+                .entry(member.as_str())
+                .or_insert_with(|| value.clone());
+        }
+        let mut default =
+            |member: &str, value: Value| specification.entry(member).or_insert(value).clone();
+        default("gpu", "none".into());
+        default("instanceType", "none".into());
+        let min = default("minInstances", 0.into());
+        default("maxInstances", min.as_u64().unwrap_or(0).max(1).into());
+        default("maxRequestConcurrency", 1.into());
+    }
+    body
+}
+
+/// A deployment as answered, less what the server made.
+fn changeable(deployment: &Value) -> Map<String, Value> {
+    let mut body = deployment.as_object().cloned().unwrap_or_default();
+    for made in [
+        "functionId",
+        "functionVersionId",
+        "deploymentId",
+        "functionName",
+        "ncaId",
+        "functionStatus",
+        "healthInfo",
+        "createdAt",
+        "lastUpdatedAt",
+    ] {
+        body.remove(made);
+    }
+    body
+}
+
+const HEADER: &[&str] = &[
+    "function",
+    "version",
+    "status",
+    "gpu",
+    "instance type",
+    "min",
+    "max",
+    "concurrency",
+];
+
+fn rows(deployment: &Value) -> Vec<Vec<String>> {
+    list(deployment, "deploymentSpecifications")
+        .iter()
+        .map(|spec| {
+            vec![
+                text(deployment, "functionName"),
+                text(deployment, "functionVersionId"),
+                text(deployment, "functionStatus"),
+                text(spec, "gpu"),
+                text(spec, "instanceType"),
+                text(spec, "minInstances"),
+                text(spec, "maxInstances"),
+                text(spec, "maxRequestConcurrency"),
+            ]
+        })
+        .collect()
+}
+
+async fn find(client: &Client, target: &Target, unnamed: Unnamed) -> anyhow::Result<Row> {
+    let rows = client.function(&target.function).await?;
+    pick_version(&rows, target.version, unnamed).cloned()
+}
+
+impl Deploys {
+    pub(super) async fn run(self) -> anyhow::Result<()> {
+        let common = self.common;
+        let client = Client::new(&common)?;
+        match self.command {
+            DeployCommand::Create { target, spec, wait } => {
+                let body = spec.create_body()?;
+                let row = find(&client, &target, Unnamed::Newest).await?;
+                let path = deployment_path(row.id, row.version_id);
+                let answer = client.post(&path, &body).await?;
+                settle(&client, &common, &row, answer, &wait).await
+            }
+            DeployCommand::Update { target, spec, wait } => {
+                let row = find(&client, &target, Unnamed::Deployed).await?;
+                let path = deployment_path(row.id, row.version_id);
+                let now = client.get(&path).await?;
+                let body = spec.update_body(&now["deployment"])?;
+                let answer = client.send(Method::PUT, &path, Some(&body)).await?;
+                settle(&client, &common, &row, answer, &wait).await
+            }
+            DeployCommand::Get { target } => {
+                let row = find(&client, &target, Unnamed::Deployed).await?;
+                let answer = client.get(&deployment_path(row.id, row.version_id)).await?;
+                super::print(&serde_json::to_string_pretty(&answer)?)
+            }
+            DeployCommand::Delete { target, graceful } => {
+                let row = find(&client, &target, Unnamed::Deployed).await?;
+                let path = deployment_path(row.id, row.version_id);
+                let answer = client
+                    .delete(&format!("{path}?graceful={graceful}"))
+                    .await?;
+                let how = if graceful {
+                    "takes no new work; it goes when what waits and runs has ended"
+                } else {
+                    "is no longer deployed"
+                };
+                common.say(
+                    &answer,
+                    &format!("version {} of {} {how}", row.version_id, row.name),
+                )
+            }
+        }
+    }
+}
+
+async fn settle(
+    client: &Client,
+    common: &Common,
+    row: &Row,
+    mut answer: Value,
+    wait: &Wait,
+) -> anyhow::Result<()> {
+    if wait.wait {
+        wait_active(client, row.id, row.version_id, wait.wait_timeout.0).await?;
+        answer = client.get(&deployment_path(row.id, row.version_id)).await?;
+    }
+    common.show(&answer, HEADER, rows(&answer["deployment"]))
+}
+
+/// Returns when the version is ACTIVE; says why where it can't be.
+pub(super) async fn wait_active(
+    client: &Client,
+    function: Uuid,
+    version: Uuid,
+    limit: Duration,
+) -> anyhow::Result<()> {
+    let end = Instant::now() + limit;
+    let mut pause = Duration::from_millis(50);
+    let mut seen = String::new();
+    loop {
+        let answer = client.get(&version_path(function, version)).await?;
+        let status = text(&answer["function"], "status");
+        if status == "ACTIVE" {
+            return Ok(());
+        }
+        if status == "ERROR" {
+            bail!(
+                "version {version} is in ERROR: {}",
+                why(client, function, version).await
+            );
+        }
+        if status != seen {
+            note(&format!("version {version} is {status}"));
+            seen = status;
+        }
+        if Instant::now() >= end {
+            bail!(
+                "version {version} is still {seen} after {}: {}",
+                IsoDuration(limit),
+                why(client, function, version).await
+            );
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+}
+
+async fn why(client: &Client, function: Uuid, version: Uuid) -> String {
+    let answer = client
+        .get(&deployment_path(function, version))
+        .await
+        .unwrap_or_default();
+    let mut errors: Vec<String> = list(&answer["deployment"], "healthInfo")
+        .iter()
+        .map(|info| text(info, "error"))
+        .filter(|error| !error.is_empty())
+        .collect();
+    errors.dedup();
+    if errors.is_empty() {
+        errors.push("no instance said why".into());
+    }
+    format!(
+        "{}\ntry: `weir status --instances` names the instances, `weir logs INSTANCE` shows what one wrote",
+        errors.join("; ")
+    )
+}
+
+/// Ends a deployment, what waits and runs first; returns when it is gone, or
+/// whether it was in time.
+pub(super) async fn undeploy(
+    client: &Client,
+    function: Uuid,
+    version: Uuid,
+    limit: Duration,
+) -> anyhow::Result<bool> {
+    let path = deployment_path(function, version);
+    let end = Instant::now() + limit;
+    let mut answer = client.delete(&format!("{path}?graceful=true")).await;
+    let mut pause = Duration::from_millis(50);
+    loop {
+        match answer {
+            Err(e) if is_not_found(&e) => return Ok(true),
+            Err(e) => return Err(e),
+            Ok(_) if Instant::now() >= end => return Ok(false),
+            Ok(_) => {}
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
+        answer = client.get(&path).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn object(value: Value) -> Map<String, Value> {
+        value.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn a_new_deployment_has_every_required_member() {
+        let body = DeploySpec::default().create_body().unwrap();
+        assert_eq!(
+            body,
+            json!({"deploymentSpecifications": [{
+                "gpu": "none", "instanceType": "none",
+                "minInstances": 0, "maxInstances": 1, "maxRequestConcurrency": 1,
+            }]})
+        );
+    }
+
+    #[test]
+    fn flags_become_members() {
+        let spec = DeploySpec {
+            min: Some(2),
+            concurrency: Some(4),
+            gpu: Some("H100".into()),
+            instance_type: Some("NCP.GPU.H100_1x".into()),
+            idle_timeout: Some(IsoDuration::secs(90)),
+            target_utilization: Some(0.5),
+            busy_timeout: Some(IsoDuration::secs(5)),
+            traffic_weight: Some(10),
+            ..DeploySpec::default()
+        };
+        assert_eq!(
+            spec.create_body().unwrap(),
+            json!({
+                "deploymentSpecifications": [{
+                    "gpu": "H100", "instanceType": "NCP.GPU.H100_1x",
+                    "minInstances": 2, "maxInstances": 2, "maxRequestConcurrency": 4,
+                }],
+                "autoscaling": {"idleTimeout": "PT1M30S", "targetUtilization": 0.5},
+                "queue": {"busyTimeout": "PT5S"},
+                "trafficWeight": 10,
+            })
+        );
+    }
+
+    #[test]
+    fn an_update_keeps_what_is_not_named() {
+        let deployment = json!({
+            "deploymentId": "d", "functionStatus": "ACTIVE", "createdAt": "t",
+            "deploymentSpecifications": [{"gpuSpecificationId": "g", "minInstances": 0, "maxInstances": 1}],
+            "queue": {"maxRequests": 7, "busyTimeout": "PT1S"},
+        });
+        let spec = DeploySpec {
+            max: Some(3),
+            queue_max: Some(8),
+            ..DeploySpec::default()
+        };
+        assert_eq!(
+            spec.update_body(&deployment).unwrap(),
+            json!({
+                "deploymentSpecifications": [{"gpuSpecificationId": "g", "minInstances": 0, "maxInstances": 3}],
+                "queue": {"maxRequests": 8, "busyTimeout": "PT1S"},
+            })
+        );
+    }
+
+    #[test]
+    fn several_specifications_are_not_for_flags() {
+        let body = object(json!({"deploymentSpecifications": [{}, {}]}));
+        let spec = DeploySpec {
+            min: Some(1),
+            ..DeploySpec::default()
+        };
+        assert!(spec.over(body.clone()).is_err());
+        assert!(DeploySpec::default().over(body).is_ok());
+    }
+
+    #[test]
+    fn one_specification_may_be_written_short() {
+        let body = with_defaults(object(json!({
+            "minInstances": 3, "gpu": "L4", "drainTimeout": "PT1S",
+        })));
+        assert_eq!(
+            Value::from(body),
+            json!({
+                "drainTimeout": "PT1S",
+                "deploymentSpecifications": [{
+                    "gpu": "L4", "instanceType": "none",
+                    "minInstances": 3, "maxInstances": 3, "maxRequestConcurrency": 1,
+                }],
+            })
+        );
+    }
+}

@@ -1,0 +1,178 @@
+//! What one core has to serve its connections with. Cores share the routing
+//! table and the queues, and nothing else that is written on the path.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use http::{HeaderMap, header};
+use jiff::Timestamp;
+use tokio::{runtime::Handle, sync::watch};
+use uuid::Uuid;
+use weir_control::{
+    auth::{self, Denied},
+    directory::Directory,
+    model::{FunctionId, Key},
+};
+
+use crate::{account::AccessLog, limit::Limits, refusal::Refusal, table::Table};
+
+pub struct Core {
+    pub index: usize,
+    pub table: Arc<Table>,
+    pub keys: Keys,
+    pub limits: Arc<Limits>,
+    pub budget: RetryBudget,
+    pub log: AccessLog,
+    pub settings: Arc<Settings>,
+    /// Requests that are open on this core; the acceptor gives the next connection to the core with the fewest.
+    pub open: Arc<AtomicUsize>,
+    pub stopping: watch::Receiver<Stopping>,
+    pub runtime: Handle,
+}
+
+/// How far a stop has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stopping {
+    No,
+    /// `/readyz` says so; everything goes on.
+    Announced,
+    /// No new connections; what is open is served, and told to close after that.
+    Draining,
+    /// The grace is over: what still runs is broken off.
+    Now,
+}
+
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Bytes of one body.
+    pub max_body: u64,
+    /// From accept to the end of the first head.
+    pub head_timeout: Duration,
+    /// Between requests.
+    pub idle_timeout: Duration,
+    /// Until the instance's head.
+    pub request_timeout: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            max_body: 1 << 30,
+            head_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(75),
+            request_timeout: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// Who sent a request, before anything is known of what it says.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller {
+    pub request_id: Uuid,
+    pub peer: IpAddr,
+}
+
+impl Core {
+    /// Runs something small beside the requests, on this core.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.spawn(task);
+    }
+}
+
+/// Which keys are good, and for what.
+#[derive(Clone)]
+pub struct Keys {
+    pub directory: Arc<Directory>,
+    /// The key of `WEIR_ADMIN_KEY`, where there is one.
+    pub admin: Option<Arc<Key>>,
+    /// Set by `--auth none`: everyone is this key.
+    pub open: Option<Arc<Key>>,
+}
+
+impl Keys {
+    pub fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<Key>, Refusal> {
+        if let Some(open) = &self.open {
+            return Ok(open.clone());
+        }
+        let credential = headers.get(header::AUTHORIZATION);
+        auth::authenticate(
+            &self.directory,
+            self.admin.as_ref(),
+            credential,
+            Timestamp::now(),
+        )
+        .map_err(|denied| {
+            Refusal::Unauthenticated(match denied {
+                Denied::Missing => "There is no key.",
+                Denied::Unknown => "The key is unknown or revoked.",
+                Denied::Expired => "The key has expired.",
+            })
+        })
+    }
+
+    pub fn may_invoke(&self, key: &Key, function: FunctionId) -> Result<(), Refusal> {
+        if !auth::allows(key, "invoke_function") {
+            return Err(Refusal::Forbidden(
+                "The key lacks the scope invoke_function.".into(),
+            ));
+        }
+        match &key.functions {
+            Some(functions) if !functions.contains(&function) => {
+                Err(Refusal::Forbidden("The key is for other functions.".into()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Retries may be a fifth of the requests, and ten more: what keeps a broken fleet from doubling its own load
+/// (as in linkerd).
+#[derive(Debug)]
+pub struct RetryBudget(AtomicI64);
+
+const RETRY: i64 = 5;
+const MOST: i64 = 100 * RETRY;
+
+impl Default for RetryBudget {
+    fn default() -> Self {
+        Self(AtomicI64::new(10 * RETRY))
+    }
+}
+
+impl RetryBudget {
+    pub fn deposit(&self) {
+        if self.0.load(Ordering::Relaxed) < MOST {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[must_use]
+    pub fn withdraw(&self) -> bool {
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                (left >= RETRY).then_some(left - RETRY)
+            })
+            .is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_are_a_fifth_of_the_requests_and_ten_more() {
+        let budget = RetryBudget::default();
+        assert_eq!((0..100).filter(|_| budget.withdraw()).count(), 10);
+        for _ in 0..50 {
+            budget.deposit();
+        }
+        assert_eq!((0..100).filter(|_| budget.withdraw()).count(), 10);
+    }
+}

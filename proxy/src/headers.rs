@@ -1,0 +1,230 @@
+//! What changes on a head between caller and instance.
+
+use std::{net::IpAddr, sync::LazyLock};
+
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
+use uuid::Uuid;
+use weir_control::model::Version;
+
+use crate::refusal::{ERROR_HEADER, Refusal};
+
+pub static REQUEST_ID: HeaderName = HeaderName::from_static("nvcf-reqid");
+static STATUS: HeaderName = HeaderName::from_static("nvcf-status");
+static TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// Fields that concern one connection, besides those that `Connection` names.
+static HOP_BY_HOP: LazyLock<[HeaderName; 9]> = LazyLock::new(|| {
+    [
+        header::CONNECTION,
+        HeaderName::from_static("proxy-connection"),
+        HeaderName::from_static("keep-alive"),
+        header::TE,
+        header::TRAILER,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+        header::PROXY_AUTHENTICATE,
+        header::PROXY_AUTHORIZATION,
+    ]
+});
+
+/// Fields that Weir sets and a caller may not.
+const NVCF: [&str; 5] = [
+    "nvcf-sub",
+    "nvcf-ncaid",
+    "nvcf-function-name",
+    "nvcf-function-id",
+    "nvcf-function-version-id",
+];
+
+fn drop_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        let named: Vec<HeaderName> = headers
+            .get_all(header::CONNECTION)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .filter_map(|name| name.trim().parse().ok())
+            // Framing and the host can't be named away.
+            .filter(|name| *name != header::CONTENT_LENGTH && *name != header::HOST)
+            .collect();
+        for name in named {
+            headers.remove(name);
+        }
+    }
+    for name in HOP_BY_HOP.iter() {
+        headers.remove(name);
+    }
+}
+
+/// Refuses heads whose framing or host could be read in two ways.
+pub fn check(request: &Parts) -> Result<(), Refusal> {
+    let bad = |why: &str| Err(Refusal::BadRequest(why.into()));
+    if request.version < http::Version::HTTP_2 {
+        let mut hosts = request.headers.get_all(header::HOST).iter();
+        match (hosts.next(), hosts.next()) {
+            (Some(host), None) => {
+                let valid = host.to_str().is_ok_and(|host| {
+                    host.is_empty()
+                        || (!host.contains('@') && host.parse::<http::uri::Authority>().is_ok())
+                });
+                if !valid {
+                    return bad("The Host field is no host name.");
+                }
+            }
+            (None, _) if request.version == http::Version::HTTP_11 => {
+                return bad("HTTP/1.1 needs one Host field.");
+            }
+            (None, _) => {}
+            (Some(_), Some(_)) => return bad("There are two Host fields. Send one."),
+        }
+        let mut codings = request.headers.get_all(header::TRANSFER_ENCODING).iter();
+        if let Some(coding) = codings.next() {
+            let chunked = coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+            if !chunked || codings.next().is_some() || request.version == http::Version::HTTP_10 {
+                return bad("Transfer-Encoding may be 'chunked', once, on HTTP/1.1.");
+            }
+        }
+    }
+    if request
+        .uri
+        .path_and_query()
+        .is_some_and(|path| path.as_str().len() > 16 << 10)
+    {
+        return bad("The path and query are longer than 16 KiB.");
+    }
+    Ok(())
+}
+
+/// Makes the caller's head into the instance's.
+pub fn forward(
+    request: &mut Parts,
+    request_id: Uuid,
+    peer: IpAddr,
+    version: &Version,
+    subject: &str,
+    account: &str,
+) {
+    let host = request.headers.get(header::HOST).cloned().or_else(|| {
+        request
+            .uri
+            .authority()
+            .and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
+    });
+    let headers = &mut request.headers;
+    drop_hop_by_hop(headers);
+    // A credential is for Weir alone.
+    headers.remove(header::AUTHORIZATION);
+    headers.remove(header::EXPECT);
+    for name in NVCF {
+        headers.remove(name);
+    }
+    let mut set = |name: &'static str, value: &str| {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            headers.insert(HeaderName::from_static(name), value);
+        }
+    };
+    set(
+        "nvcf-reqid",
+        request_id
+            .as_hyphenated()
+            .encode_lower(&mut Uuid::encode_buffer()),
+    );
+    set("nvcf-sub", subject);
+    set("nvcf-ncaid", account);
+    set("nvcf-function-name", &version.name);
+    set(
+        "nvcf-function-id",
+        version
+            .function
+            .0
+            .as_hyphenated()
+            .encode_lower(&mut Uuid::encode_buffer()),
+    );
+    set(
+        "nvcf-function-version-id",
+        version
+            .id
+            .0
+            .as_hyphenated()
+            .encode_lower(&mut Uuid::encode_buffer()),
+    );
+    set("x-forwarded-for", &peer.to_string());
+    set("x-forwarded-proto", "http");
+    if let Some(host) = host {
+        headers.insert(HeaderName::from_static("x-forwarded-host"), host.clone());
+        headers.insert(header::HOST, host);
+    }
+    if !headers.contains_key(&TRACE_PARENT) {
+        let span = format!(
+            "00-{}-{:016x}-00",
+            request_id.as_simple(),
+            rand::random::<u64>() | 1
+        );
+        if let Ok(value) = HeaderValue::from_str(&span) {
+            headers.insert(TRACE_PARENT.clone(), value);
+        }
+    }
+    request.version = http::Version::HTTP_11;
+}
+
+/// Makes the instance's head into the caller's.
+pub fn answer(headers: &mut HeaderMap) {
+    drop_hop_by_hop(headers);
+    headers.remove(&ERROR_HEADER);
+}
+
+/// The two fields that every answer has; `identified` says whether the request named a function.
+pub fn mark(headers: &mut HeaderMap, request_id: Uuid, status: StatusCode, identified: bool) {
+    let mut buffer = Uuid::encode_buffer();
+    if let Ok(value) = HeaderValue::from_str(request_id.as_hyphenated().encode_lower(&mut buffer)) {
+        headers.insert(REQUEST_ID.clone(), value);
+    }
+    if identified {
+        let text = match status.as_u16() {
+            202 => "in-progress",
+            200..=399 => "fulfilled",
+            _ => "errored",
+        };
+        headers.insert(STATUS.clone(), HeaderValue::from_static(text));
+    } else {
+        headers.remove(&STATUS);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hop_by_hop_and_named_fields_go() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "x-mine, content-length"),
+            ("x-mine", "1"),
+            ("te", "trailers"),
+            ("content-length", "3"),
+        ] {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        drop_hop_by_hop(&mut headers);
+        assert_eq!(headers.len(), 1);
+        assert_eq!(headers["content-length"], "3");
+    }
+
+    #[test]
+    fn ambiguous_heads_are_refused() {
+        let head = |fields: &[(&str, &str)]| {
+            let mut request = http::Request::get("/");
+            for (name, value) in fields {
+                request = request.header(*name, *value);
+            }
+            check(&request.body(()).unwrap().into_parts().0)
+        };
+        assert!(head(&[("host", "a.example")]).is_ok());
+        assert!(head(&[]).is_err());
+        assert!(head(&[("host", "a"), ("host", "b")]).is_err());
+        assert!(head(&[("host", "a@b")]).is_err());
+        assert!(head(&[("host", "a"), ("transfer-encoding", "chunked")]).is_ok());
+        assert!(head(&[("host", "a"), ("transfer-encoding", "gzip, chunked")]).is_err());
+    }
+}

@@ -1,0 +1,431 @@
+//! The life of an invocation, top to bottom.
+//!
+//! Every `.await` here may be the last: a caller that leaves drops the whole
+//! future. What was taken is given back by guards: the place in the queue, the
+//! slot, the request that an instance has, and the account of the request.
+
+use std::{sync::Arc, time::Duration};
+
+use http::{HeaderMap, Request, Response, Uri, request::Parts, uri::PathAndQuery};
+use hyper::body::{Body, Incoming};
+use tokio::time::{Instant, sleep, timeout};
+use weir_control::controller::Signal;
+use weir_control::model::{AccountId, Deployment, FunctionState, Key, RoutingPolicy};
+use weir_queue::{Ask, Entered, Phase, Preference, Refused, Waiting};
+
+use crate::{
+    account::Account,
+    body::{Answer, BodyFailure, Held, Streamed},
+    clock,
+    core::{Caller, Core, Stopping},
+    headers,
+    refusal::Refusal,
+    table::{Deployed, Route, VersionRoute},
+    target::{PathRule, Target},
+    upstream::{self, Backend, Connection, Failure, InstanceSlot},
+};
+
+/// How often a request may meet an instance that takes no connection. Each time that instance is set aside, so
+/// this is a bound on bad luck, beside the retry budget.
+const ATTEMPTS: u32 = 4;
+
+/// One invocation, from its head to its answer's head. `account` is taken along by the answer.
+pub async fn invoke(
+    core: &Arc<Core>,
+    caller: &Caller,
+    target: Target,
+    request: Request<Incoming>,
+    account: &mut Account,
+) -> Result<Response<Answer>, Refusal> {
+    let arrival = clock::now();
+    let (mut head, body) = request.into_parts();
+
+    let route = core
+        .table
+        .view(target.function)
+        .ok_or(Refusal::UnknownFunction)?;
+    let key = core.keys.authenticate(&head.headers)?;
+    core.keys.may_invoke(&key, target.function)?;
+    let limit = core.settings.max_body;
+    if body.size_hint().lower() > limit {
+        return Err(Refusal::BodyTooLarge { limit });
+    }
+
+    let (version, deployed, deployment) = choose(&route, &target, &key)?;
+    account.deployed(deployed);
+    core.limits.check(version, &key)?;
+
+    let patience = Patience::of(&head, &target, deployment)?;
+    let mut ask = Ask {
+        request: caller.request_id.as_u128(),
+        priority: key.priority,
+        account: account_number(&key.account),
+        arrival,
+        preference: preference(&head.headers, deployment),
+        home: core.index,
+    };
+    let mut held = Held::new(body, limit);
+    let mut waited = None;
+    let mut slot = match deployed.queue.enter(ask.clone()) {
+        Entered::Slot(slot) => slot,
+        Entered::Refused(refused) => return Err(refusal(core, refused, deployed)),
+        Entered::Waiting(waiting) => {
+            let slot = wait(
+                core, waiting, &mut held, &patience, version, deployed, deployment,
+            )
+            .await?;
+            waited = Some(clock::now().saturating_sub(arrival));
+            slot
+        }
+    };
+
+    headers::forward(
+        &mut head,
+        caller.request_id,
+        caller.peer,
+        &version.version,
+        &key.id.to_string(),
+        &key.account.0,
+    );
+    head.uri = path_for(&head.uri, &target, &version.version.inference_url)?;
+    head.extensions.clear();
+    let outgoing = held.outgoing();
+    let progress = outgoing.progress();
+    let mut request = Request::from_parts(head, outgoing);
+    core.budget.deposit();
+
+    let mut attempt = 1;
+    let (response, exchange) = loop {
+        account.dispatched(waited.take());
+        let instance = slot.target().instance;
+        let sending = upstream::send(slot, request, &deployed.metrics.cancel_timeouts);
+        match timeout(core.settings.request_timeout, sending).await {
+            Ok(Ok(answered)) => break answered,
+            Err(_) => return Err(Refusal::InstanceTimeout),
+            Ok(Err(Failure::Lost)) if progress.too_large() => {
+                return Err(Refusal::BodyTooLarge { limit });
+            }
+            Ok(Err(Failure::Lost)) => return Err(Refusal::InstanceLost),
+            Ok(Err(Failure::NotSent(unsent, refused))) => {
+                set_aside(core, deployed, instance.0.as_u128());
+                core.table.signal(Signal::Suspect(instance));
+                drop(refused);
+                if attempt == ATTEMPTS || !core.budget.withdraw() {
+                    return Err(Refusal::InstanceRefused);
+                }
+                attempt += 1;
+                request = *unsent;
+                // A new identity in the line, the old place.
+                ask.arrival = arrival;
+                slot = match deployed.queue.enter(ask.clone()) {
+                    Entered::Slot(slot) => slot,
+                    Entered::Refused(refused) => return Err(refusal(core, refused, deployed)),
+                    Entered::Waiting(waiting) => {
+                        let mut nothing = Held::default();
+                        wait(
+                            core,
+                            waiting,
+                            &mut nothing,
+                            &patience,
+                            version,
+                            deployed,
+                            deployment,
+                        )
+                        .await?
+                    }
+                };
+            }
+        }
+    };
+
+    let (mut head, body) = response.into_parts();
+    headers::answer(&mut head.headers);
+    account.answered(head.status, None);
+    let streamed = Streamed::new(body, exchange, account.take());
+    Ok(Response::from_parts(
+        head,
+        Answer::Instance(Box::new(streamed)),
+    ))
+}
+
+/// An instance that took no connection gets nothing for a second, unless its agent says sooner what it is.
+fn set_aside(core: &Arc<Core>, deployed: &Arc<Deployed>, instance: u128) {
+    deployed.queue.eject(instance);
+    let deployed = deployed.clone();
+    core.spawn(async move {
+        sleep(Duration::from_secs(1)).await;
+        deployed.queue.restore(instance);
+    });
+}
+
+type Chosen<'a> = (&'a VersionRoute, &'a Arc<Deployed>, &'a Deployment);
+
+/// The version that serves this invocation: the one named, or one of those that take invocations.
+fn choose<'a>(route: &'a Route, target: &Target, key: &Key) -> Result<Chosen<'a>, Refusal> {
+    let may = |v: &VersionRoute| {
+        key.admin
+            || key.account == route.account
+            || v.shared_with
+                .iter()
+                .any(|to| to == "*" || **to == *key.account.0)
+    };
+    let mut callable = route
+        .versions
+        .iter()
+        .filter(|v| target.version.is_none_or(|id| v.version.id == id))
+        .filter(|v| may(v));
+    if target.version.is_some() {
+        return invokable(callable.next().ok_or(Refusal::UnknownFunction)?);
+    }
+    let callable: Vec<&VersionRoute> = callable.collect();
+    let ready: Vec<(&VersionRoute, f64)> = callable
+        .iter()
+        .filter(|v| v.state.invokable())
+        .filter_map(|v| Some((*v, v.deployed.as_ref()?.queue.load().capacity as f64)))
+        .collect();
+    let weighted = callable
+        .iter()
+        .any(|v| v.state.invokable() && weight(v).is_some());
+    let total: f64 = ready
+        .iter()
+        .map(|(v, capacity)| {
+            if weighted {
+                weight(v).unwrap_or(0.0)
+            } else {
+                *capacity
+            }
+        })
+        .sum();
+    if ready.len() > 1 && total > 0.0 {
+        let mut left = rand::random::<f64>() * total;
+        for (version, capacity) in &ready {
+            left -= if weighted {
+                weight(version).unwrap_or(0.0)
+            } else {
+                *capacity
+            };
+            if left < 0.0 {
+                return invokable(version);
+            }
+        }
+    }
+    // None ready, or only one: the newest that takes invocations, else the newest that says why it doesn't.
+    let newest = ready.last().map(|(version, _)| *version);
+    let deployed = callable
+        .iter()
+        .rev()
+        .find(|v| v.state != FunctionState::Inactive)
+        .copied();
+    invokable(newest.or(deployed).ok_or(Refusal::UnknownFunction)?)
+}
+
+fn weight(version: &VersionRoute) -> Option<f64> {
+    version.deployment.as_ref()?.traffic_weight.map(f64::from)
+}
+
+fn invokable(version: &VersionRoute) -> Result<Chosen<'_>, Refusal> {
+    match (&version.deployed, &version.deployment) {
+        (Some(deployed), Some(deployment)) if version.state.invokable() => {
+            Ok((version, deployed, deployment))
+        }
+        _ if version.state == FunctionState::Inactive => Err(Refusal::UnknownFunction),
+        _ => Err(Refusal::NotInvokable {
+            state: version.state,
+            why: version
+                .error
+                .as_ref()
+                .map(|why| format!(" ({why})"))
+                .unwrap_or_default(),
+            retry_after: version
+                .starting
+                .then(|| version.start_time.unwrap_or(Duration::from_secs(1))),
+        }),
+    }
+}
+
+fn preference(headers: &HeaderMap, deployment: &Deployment) -> Preference {
+    match deployment.routing.policy {
+        RoutingPolicy::LeastLoaded => Preference::LeastLoaded,
+        RoutingPolicy::ConsistentHash => {
+            match headers.get(deployment.routing.session_header.as_str()) {
+                Some(session) => Preference::Hash(stable_hash(session.as_bytes())),
+                None => Preference::LeastLoaded,
+            }
+        }
+    }
+}
+
+/// FNV-1a: the same in every process, for ever.
+fn stable_hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+fn account_number(account: &AccountId) -> u64 {
+    stable_hash(account.0.as_bytes())
+}
+
+/// How long the caller and the deployment let an invocation wait.
+struct Patience {
+    /// The caller's own limit, from arrival.
+    callers: Option<Duration>,
+    busy: Duration,
+    cold: Duration,
+    since: Instant,
+}
+
+impl Patience {
+    fn of(head: &Parts, target: &Target, deployment: &Deployment) -> Result<Self, Refusal> {
+        let seconds = |name: &str, most: u64| -> Result<Option<Duration>, Refusal> {
+            let Some(value) = head.headers.get(name) else {
+                return Ok(None);
+            };
+            let parsed: Option<u64> = value
+                .to_str()
+                .ok()
+                .and_then(|text| text.trim().parse().ok());
+            match parsed {
+                Some(seconds) if seconds <= most => Ok(Some(Duration::from_secs(seconds.max(1)))),
+                _ => Err(Refusal::BadRequest(format!(
+                    "The header {name} must be whole seconds, 1 to {most}."
+                ))),
+            }
+        };
+        let poll = match target.path {
+            PathRule::InferenceUrl => seconds("nvcf-poll-seconds", 3600)?,
+            PathRule::Callers => None,
+        };
+        let own = seconds("x-weir-timeout", 86_400)?;
+        Ok(Self {
+            callers: [poll, own].into_iter().flatten().min(),
+            busy: deployment.queue.busy_timeout.0,
+            cold: deployment.queue.cold_timeout.0,
+            since: Instant::now(),
+        })
+    }
+
+    /// Whether the wait is over, and the earliest time it could be.
+    fn check(&self, entered: Phase, now: Phase) -> Result<Duration, Expired> {
+        let busy_left = self
+            .busy
+            .saturating_sub(now.warm.saturating_sub(entered.warm));
+        let cold_left = self
+            .cold
+            .saturating_sub(now.cold.saturating_sub(entered.cold));
+        let own_left = self
+            .callers
+            .map(|limit| limit.saturating_sub(self.since.elapsed()));
+        if busy_left.is_zero() {
+            return Err(Expired::Busy);
+        }
+        if cold_left.is_zero() {
+            return Err(Expired::Cold);
+        }
+        match own_left {
+            Some(Duration::ZERO) => Err(if now.warm > entered.warm {
+                Expired::Busy
+            } else {
+                Expired::Cold
+            }),
+            left => Ok(left.unwrap_or(Duration::MAX).min(busy_left).min(cold_left)),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Expired {
+    Busy,
+    Cold,
+}
+
+/// Waits for a slot, reading the body meanwhile.
+///
+/// Up to `holdBytes` of it are read whatever happens. A longer body is read on as long as half of the queue's bytes
+/// are free: behind unread bytes a caller's leaving can't be seen.
+async fn wait(
+    core: &Arc<Core>,
+    mut waiting: Waiting<Arc<Backend>, Connection>,
+    held: &mut Held,
+    patience: &Patience,
+    version: &VersionRoute,
+    deployed: &Arc<Deployed>,
+    deployment: &Deployment,
+) -> Result<InstanceSlot, Refusal> {
+    if waiting.first() || waiting.cold() {
+        core.table
+            .signal(Signal::Demand(deployed.function, deployed.version));
+    }
+    let entered = deployed.queue.phase();
+    let settings = &deployment.queue;
+    loop {
+        let left = match patience.check(entered, deployed.queue.phase()) {
+            Ok(left) => left,
+            Err(expired) => {
+                let waited = patience.since.elapsed();
+                return Err(match expired {
+                    Expired::Busy => Refusal::BusyTimeout {
+                        waited,
+                        retry_after: deployed.expected_wait(),
+                    },
+                    Expired::Cold => Refusal::StartTimeout {
+                        waited,
+                        retry_after: version
+                            .start_time
+                            .unwrap_or_default()
+                            .saturating_sub(waited),
+                    },
+                });
+            }
+        };
+        let read_on = !held.whole()
+            && (held.len() < settings.hold_bytes || waiting.spare_bytes() > settings.max_bytes / 2);
+        tokio::select! {
+            biased;
+            granted = &mut waiting => return granted.map_err(|refused| refusal(core, refused, deployed)),
+            read = held.read(), if read_on => match read {
+                Ok(bytes) => waiting.add_bytes(bytes).map_err(|refused| refusal(core, refused, deployed))?,
+                Err(BodyFailure::TooLarge) => return Err(Refusal::BodyTooLarge { limit: core.settings.max_body }),
+                Err(BodyFailure::Broken) => return Err(Refusal::BadRequest("The body broke off.".into())),
+            },
+            () = sleep(left.min(Duration::from_secs(86_400))) => {}
+        }
+    }
+}
+
+fn refusal(core: &Core, refused: Refused, deployed: &Deployed) -> Refusal {
+    match refused {
+        Refused::Full { requests, limit } => Refusal::QueueFull {
+            what: if requests {
+                format!("{limit} invocations wait")
+            } else {
+                format!("{limit} bytes of bodies wait")
+            },
+            retry_after: deployed.expected_wait(),
+        },
+        Refused::Closed(_) if *core.stopping.borrow() >= Stopping::Draining => Refusal::Draining,
+        Refused::Closed(why) => Refusal::NoCapacity(why),
+    }
+}
+
+fn path_for(callers: &Uri, target: &Target, inference_url: &str) -> Result<Uri, Refusal> {
+    let path_and_query = match target.path {
+        PathRule::Callers => callers
+            .path_and_query()
+            .cloned()
+            .unwrap_or_else(|| PathAndQuery::from_static("/")),
+        PathRule::InferenceUrl => {
+            let text = match callers.query() {
+                Some(query) if inference_url.contains('?') => format!("{inference_url}&{query}"),
+                Some(query) => format!("{inference_url}?{query}"),
+                None => inference_url.to_owned(),
+            };
+            text.parse().map_err(|_| {
+                Refusal::BadRequest(format!(
+                    "The version's inferenceUrl '{inference_url}' is no path."
+                ))
+            })?
+        }
+    };
+    Ok(Uri::from(path_and_query))
+}

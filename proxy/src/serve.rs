@@ -1,0 +1,460 @@
+//! `weir serve`: joins the parts into a running process, and stops it in
+//! order. The one place where concrete things meet.
+
+use std::{
+    fs,
+    io::Write,
+    net::{SocketAddr, TcpListener},
+    path::Path,
+    process::ExitCode,
+    sync::{Arc, atomic::AtomicUsize},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context;
+use axum::{Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
+use uuid::Uuid;
+use weir_control::{
+    agent::{Agent, AgentConfig},
+    api, auth,
+    controller::{Controller, Decisions, Slots},
+    directory::Directory,
+    gpu,
+    model::{FunctionId, InstanceId, InstanceState, VersionId},
+    scale::Sample,
+    store::{Store, embedded::Embedded},
+};
+
+use crate::{
+    account,
+    args::{AccessLog, Auth, ServeArgs},
+    core::{Core, Keys, RetryBudget, Settings, Stopping},
+    limit::Limits,
+    metrics::Metrics,
+    server::{self, Desk},
+    table::Table,
+};
+
+/// Functions that an account may have.
+const MAX_FUNCTIONS: usize = 100_000;
+const NODE: &str = "local";
+
+/// Runs until SIGTERM or SIGINT, and then as long as the grace allows.
+pub fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    raise_file_limit();
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(run(args))
+}
+
+async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    fs::create_dir_all(&args.data_dir).with_context(|| {
+        format!(
+            "the data directory '{}' can't be made",
+            args.data_dir.display()
+        )
+    })?;
+    // Absolute: instances start elsewhere.
+    let data_dir = fs::canonicalize(&args.data_dir)?;
+    let data = listen(args.listen)?;
+    let admin = listen(args.admin)?;
+    let (listen, admin_address) = (data.local_addr()?, admin.local_addr()?);
+
+    let store: Arc<dyn Store> = Embedded::open(&data_dir.join("weir.redb"))?;
+    let admin_key =
+        auth::ensure_admin_key(&*store, &data_dir, std::env::var("WEIR_ADMIN_KEY").ok()).await?;
+    let (directory, feed) = Directory::load(&*store).await?;
+
+    let metrics = Metrics::new()?;
+    let (signal_sender, signals) = mpsc::unbounded_channel();
+    let table = Table::new(metrics.clone(), signal_sender);
+    table.apply_all(&directory);
+
+    let gpus = match &args.gpus {
+        Some(declared) => gpu::parse_declared(&declared.to_string())?,
+        None => gpu::discover(),
+    };
+    let (report_sender, reports) = mpsc::unbounded_channel();
+    let agent = Agent::start(
+        AgentConfig {
+            node: NODE.into(),
+            data_dir: data_dir.clone(),
+            ports: args.instance_ports.clone(),
+            user: args.instance_user.clone(),
+            gpus: gpus.clone(),
+            forbidden: vec![listen, admin_address],
+            kill_after: AgentConfig::KILL_AFTER,
+        },
+        report_sender,
+    )?;
+
+    let (stop, stopping) = watch::channel(Stopping::No);
+    let follower = {
+        let (store, directory) = (store.clone(), directory.clone());
+        tokio::spawn(async move { directory.follow(&*store, feed).await })
+    };
+    let routing = {
+        let (table, directory) = (table.clone(), directory.clone());
+        let changes = directory.subscribe();
+        table.apply_all(&directory);
+        tokio::spawn(async move { table.follow(&directory, changes).await })
+    };
+    let decisions = Arc::new(Decisions::default());
+    let slots = Arc::new(TableSlots(table.clone()));
+    let controller = Controller::new(
+        store.clone(),
+        directory.clone(),
+        slots,
+        agent.clone(),
+        decisions.clone(),
+    );
+    let controlling = tokio::spawn(controller.run(directory.subscribe(), signals, reports));
+    let limits = Arc::new(Limits::default());
+    let upkeep = tokio::spawn(upkeep(
+        metrics.clone(),
+        table.clone(),
+        directory.clone(),
+        limits.clone(),
+    ));
+
+    let open_key = (args.auth == Auth::None).then(|| {
+        Arc::new(auth::admin_key(
+            auth::ENVIRONMENT_KEY,
+            auth::hash(auth::generate().expose()),
+        ))
+    });
+    let context = Arc::new(api::Context {
+        store,
+        directory: directory.clone(),
+        runtime: Arc::new(Facts {
+            table: table.clone(),
+            agent: agent.clone(),
+            decisions,
+            gpus,
+        }),
+        admin: admin_key.key.clone(),
+        open: args.auth == Auth::None,
+        max_functions: MAX_FUNCTIONS,
+    });
+    let health = Health {
+        metrics,
+        table: table.clone(),
+        directory: directory.clone(),
+        stopping: stopping.clone(),
+    };
+    let router = api::router(context).merge(health_routes(health));
+    let admin = tokio::net::TcpListener::from_std(admin)?;
+    let mut administration = tokio::spawn(axum::serve(admin, router).into_future());
+
+    let log = match &args.access_log {
+        AccessLog::Off => account::AccessLog::off(),
+        AccessLog::Stdout => account::AccessLog::to(std::io::stdout())?,
+        AccessLog::File(path) => {
+            let file = fs::OpenOptions::new().create(true).append(true).open(path);
+            account::AccessLog::to(
+                file.with_context(|| format!("the access log '{}'", path.display()))?,
+            )?
+        }
+    };
+    let settings = Arc::new(Settings {
+        max_body: args.max_body,
+        ..Settings::default()
+    });
+    let connections = Arc::new(AtomicUsize::new(0));
+    let mut desks = Vec::new();
+    let mut cores = Vec::new();
+    for index in 0..args.cores() {
+        let (sender, inbox) = mpsc::unbounded_channel();
+        let open = Arc::new(AtomicUsize::new(0));
+        desks.push(Desk {
+            connections: sender,
+            open: open.clone(),
+        });
+        let core_runtime = runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let core = Arc::new(Core {
+            index,
+            table: table.clone(),
+            keys: Keys {
+                directory: directory.clone(),
+                admin: admin_key.key.clone(),
+                open: open_key.clone(),
+            },
+            limits: limits.clone(),
+            budget: RetryBudget::default(),
+            log: log.clone(),
+            settings: settings.clone(),
+            open,
+            stopping: stopping.clone(),
+            runtime: core_runtime.handle().clone(),
+        });
+        let connections = connections.clone();
+        let thread = thread::Builder::new()
+            .name(format!("core-{index}"))
+            .spawn(move || core_runtime.block_on(server::serve(core, inbox, connections)))?;
+        cores.push(thread);
+    }
+    let accepting = tokio::spawn(server::accept(
+        data,
+        desks,
+        args.max_connections(),
+        connections,
+        stopping.clone(),
+    ));
+    announce(listen, admin_address, admin_key.file.as_deref());
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    // A part that ends by itself has failed: better to stop loudly than to serve without it.
+    let broken = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        ended = follower => Some(format!("the control state's feed ended: {ended:?}")),
+        ended = routing => Some(format!("the routing table's task ended: {ended:?}")),
+        ended = controlling => Some(format!("the controller ended: {ended:?}")),
+        ended = upkeep => Some(format!("the metrics' task ended: {ended:?}")),
+        ended = accepting => Some(format!("the data listener ended: {ended:?}")),
+        ended = &mut administration => Some(format!("the admin listener ended: {ended:?}")),
+    };
+    if let Some(why) = &broken {
+        tracing::error!("{why}");
+    }
+
+    health_says_stopping(&stop);
+    if broken.is_none() {
+        sleep(args.drain_delay.0).await;
+    }
+    stop.send_replace(Stopping::Draining);
+    let (done_sender, mut done) = mpsc::channel::<()>(1);
+    let joiner = thread::Builder::new().name("join".into()).spawn(move || {
+        for core in cores {
+            _ = core.join();
+        }
+        drop(done_sender);
+    })?;
+    tokio::select! {
+        _ = timeout(args.grace.0, done.recv()) => {}
+        _ = interrupt.recv() => {}
+    }
+    for deployed in table.all_deployed() {
+        deployed.queue.close("Weir is stopping".into());
+    }
+    stop.send_replace(Stopping::Now);
+    _ = timeout(Duration::from_secs(1), done.recv()).await;
+    drop(joiner);
+    _ = timeout(Duration::from_secs(15), agent.shutdown()).await;
+    administration.abort();
+    Ok(if broken.is_some() {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// `/readyz` turns to 503 before anything stops, so that balancers in front look elsewhere.
+fn health_says_stopping(stop: &watch::Sender<Stopping>) {
+    stop.send_if_modified(|stage| {
+        let before = *stage;
+        *stage = before.max(Stopping::Announced);
+        before != *stage
+    });
+}
+
+/// A listener whose backlog holds a burst.
+fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let open = || -> std::io::Result<TcpListener> {
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::STREAM.cloexec(),
+            Some(Protocol::TCP),
+        )?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(4096)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket.into())
+    };
+    open().with_context(|| format!("can't listen on {address}: is another weir running there?"))
+}
+
+/// As many open files as the hard limit allows: a connection is one.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    );
+}
+
+fn announce(listen: SocketAddr, admin: SocketAddr, key: Option<&Path>) {
+    let key = key
+        .map(|path| format!(", admin key in {}", path.display()))
+        .unwrap_or_default();
+    tracing::info!("serving invocations on http://{listen}, the API on http://{admin}{key}");
+    _ = std::io::stderr().flush();
+}
+
+/// The queues, as the controller sees them.
+struct TableSlots(Arc<Table>);
+
+impl Slots for TableSlots {
+    fn sample(&self, version: VersionId) -> Option<Sample> {
+        let load = self.0.deployed(version)?.queue.load();
+        Some(Sample {
+            at: load.clock,
+            area: load.busy_area,
+            arrivals: load.arrivals,
+            in_system: u32::try_from(load.queued + load.busy).unwrap_or(u32::MAX),
+            queued: u32::try_from(load.queued).unwrap_or(u32::MAX),
+        })
+    }
+
+    fn retire_if_idle(&self, version: VersionId, instance: InstanceId) -> bool {
+        let key = instance.0.as_u128();
+        self.0.deployed(version).is_none_or(|deployed| {
+            deployed.queue.busy_of(key).is_none() || deployed.queue.retire_if_idle(key)
+        })
+    }
+}
+
+/// What the API asks of the running parts.
+struct Facts {
+    table: Arc<Table>,
+    agent: Agent,
+    decisions: Arc<Decisions>,
+    gpus: Vec<gpu::Gpu>,
+}
+
+impl api::Runtime for Facts {
+    fn queue_depth(&self, version: VersionId) -> usize {
+        self.table
+            .deployed(version)
+            .map_or(0, |deployed| deployed.queue.load().queued)
+    }
+    fn in_flight(&self, version: VersionId) -> usize {
+        self.table
+            .deployed(version)
+            .map_or(0, |deployed| deployed.queue.load().busy)
+    }
+    fn position(&self, request: Uuid) -> Option<(FunctionId, VersionId, usize)> {
+        let (function, version, before) = self.table.position(request)?;
+        Some((function, version, before + 1))
+    }
+    fn logs(&self, instance: InstanceId, tail: usize) -> Option<String> {
+        self.agent.logs(instance, tail)
+    }
+    fn decisions(&self, version: VersionId) -> Vec<serde_json::Value> {
+        let decisions = self.decisions.of(version);
+        decisions
+            .iter()
+            .filter_map(|decided| serde_json::to_value(decided).ok())
+            .collect()
+    }
+    fn nodes(&self) -> Vec<serde_json::Value> {
+        let gpus: Vec<_> = self
+            .gpus
+            .iter()
+            .map(|gpu| serde_json::json!({ "index": gpu.index, "name": gpu.model, "uuid": gpu.uuid }))
+            .collect();
+        vec![serde_json::json!({ "name": NODE, "gpus": gpus })]
+    }
+    fn gpus(&self) -> Vec<(String, u32)> {
+        let mut counts: Vec<(String, u32)> = Vec::new();
+        for gpu in &self.gpus {
+            match counts.iter_mut().find(|(model, _)| *model == gpu.model) {
+                Some((_, count)) => *count += 1,
+                None => counts.push((gpu.model.clone(), 1)),
+            }
+        }
+        counts
+    }
+}
+
+/// Keeps gauges true and histograms folded, scraped or not.
+async fn upkeep(
+    metrics: Arc<Metrics>,
+    table: Arc<Table>,
+    directory: Arc<Directory>,
+    limits: Arc<Limits>,
+) {
+    let mut ticks = interval(Duration::from_secs(5));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        gauges(&metrics, &table, &directory);
+        metrics.upkeep();
+        limits.keep(|version| table.deployed(version).is_some());
+    }
+}
+
+fn gauges(metrics: &Metrics, table: &Table, directory: &Directory) {
+    for deployed in table.all_deployed() {
+        let load = deployed.queue.load();
+        deployed.metrics.load(load.queued, load.busy, load.capacity);
+        let view = directory.view(deployed.function);
+        let instances = view
+            .as_ref()
+            .and_then(|view| view.version(deployed.version))
+            .map(|v| v.instances.as_slice());
+        let count = |state| {
+            instances
+                .unwrap_or_default()
+                .iter()
+                .filter(|i| i.state == state)
+                .count()
+        };
+        let counts = [
+            ("starting", count(InstanceState::Starting)),
+            ("ready", count(InstanceState::Ready)),
+            ("draining", count(InstanceState::Draining)),
+            ("error", count(InstanceState::Error)),
+        ];
+        metrics.instances(deployed.function, deployed.version, counts);
+    }
+}
+
+/// What `/metrics`, `/healthz` and `/readyz` of the admin listener need.
+#[derive(Clone)]
+struct Health {
+    metrics: Arc<Metrics>,
+    table: Arc<Table>,
+    directory: Arc<Directory>,
+    stopping: watch::Receiver<Stopping>,
+}
+
+fn health_routes(health: Health) -> Router {
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route(
+            "/readyz",
+            get(
+                async |State(health): State<Health>| match *health.stopping.borrow() {
+                    Stopping::No => (StatusCode::OK, "ready\n"),
+                    _ => (StatusCode::SERVICE_UNAVAILABLE, "stopping\n"),
+                },
+            ),
+        )
+        .route(
+            "/metrics",
+            get(async |State(health): State<Health>| {
+                gauges(&health.metrics, &health.table, &health.directory);
+                let headers = [("content-type", "text/plain; version=0.0.4; charset=utf-8")];
+                (headers, health.metrics.render()).into_response()
+            }),
+        )
+        .with_state(health)
+}

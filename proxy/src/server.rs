@@ -1,0 +1,354 @@
+//! The data listener: one acceptor deals connections to the cores, each core
+//! serves its own.
+//!
+//! A connection goes to the core with the fewest open requests. hyper parses;
+//! what it does not see of a connection is watched here: a caller that hangs
+//! up while its request waits behind unread bytes, heads that never end, and
+//! connections that idle.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    panic::AssertUnwindSafe,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use http::{Request, Response, StatusCode};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep, sleep_until},
+};
+use uuid::Uuid;
+
+use crate::{
+    account::Account,
+    body::Answer,
+    core::{Caller, Core, Stopping},
+    headers,
+    invoke::invoke,
+    refusal::Refusal,
+    socket,
+    target::Target,
+};
+
+/// How many heads and bodies hyper may buffer for one connection, in bytes; also the longest head.
+const BUFFER: usize = 64 << 10;
+const H2_STREAMS: u32 = 100;
+const H2_WINDOW: u32 = 64 << 10;
+
+/// A core's ear: connections come through it.
+pub struct Desk {
+    pub connections: mpsc::UnboundedSender<(std::net::TcpStream, SocketAddr)>,
+    /// See [`Core::open`].
+    pub open: Arc<AtomicUsize>,
+}
+
+/// Accepts until a stop begins, and deals.
+pub async fn accept(
+    listener: TcpListener,
+    desks: Vec<Desk>,
+    max_connections: usize,
+    connections: Arc<AtomicUsize>,
+    mut stopping: watch::Receiver<Stopping>,
+) -> std::io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let mut next = 0;
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer))),
+            () = reached(&mut stopping, Stopping::Draining) => return Ok(()),
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, most likely: wait for some to come back instead of spinning.
+                tracing::warn!(%error, "could not accept a connection");
+                sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        if connections.load(Ordering::Relaxed) >= max_connections {
+            // Closing is the clearest answer that costs nothing.
+            continue;
+        }
+        // Ties go round, so that idle cores share.
+        next = (next + 1) % desks.len();
+        let desk = (0..desks.len())
+            .map(|i| &desks[(next + i) % desks.len()])
+            .min_by_key(|desk| desk.open.load(Ordering::Relaxed));
+        if let Some(desk) = desk {
+            _ = desk.connections.send((stream, peer));
+        }
+    }
+}
+
+/// Waits until a stop has come as far as `stage`.
+pub async fn reached(stopping: &mut watch::Receiver<Stopping>, stage: Stopping) {
+    // A sender that is gone has stopped long ago.
+    _ = stopping.wait_for(|now| *now >= stage).await;
+}
+
+/// Serves the connections of one core until the stop is over.
+pub async fn serve(
+    core: Arc<Core>,
+    mut inbox: mpsc::UnboundedReceiver<(std::net::TcpStream, SocketAddr)>,
+    connections: Arc<AtomicUsize>,
+) {
+    let tasks = tokio_util::task::TaskTracker::new();
+    let mut stopping = core.stopping.clone();
+    loop {
+        tokio::select! {
+            connection = inbox.recv() => {
+                let Some((stream, peer)) = connection else { break };
+                let counted = Counted::new(&connections);
+                let core = core.clone();
+                tasks.spawn(async move {
+                    connection_task(core, stream, peer).await;
+                    drop(counted);
+                });
+            }
+            () = reached(&mut stopping, Stopping::Draining) => break,
+        }
+    }
+    tasks.close();
+    tokio::select! {
+        () = tasks.wait() => {}
+        () = reached(&mut stopping, Stopping::Now) => {}
+    }
+}
+
+/// Counts something that is there, as long as it is.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a connection is doing, for its time limits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    /// No request has come on it.
+    New,
+    /// At least one request is open.
+    Busy,
+    /// Between requests.
+    Idle,
+}
+
+async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: SocketAddr) {
+    let Ok(stream) = tokio::net::TcpStream::from_std(stream) else {
+        return;
+    };
+    _ = stream.set_nodelay(true);
+    let (socket, hang_up) = socket::share(stream);
+    let phase = Arc::new(AtomicU8::new(Phase::New as u8));
+    let turns = Arc::new(AtomicUsize::new(0));
+    let http2 = match first_bytes(&hang_up, &core).await {
+        Some(http2) => http2,
+        None => return,
+    };
+    let service = {
+        let (core, phase, turns) = (core.clone(), phase.clone(), turns.clone());
+        service_fn(move |request| {
+            let counted = OpenRequest::new(&core, &phase, &turns);
+            let core = core.clone();
+            async move { Ok::<_, std::convert::Infallible>(answer(&core, peer, request, counted).await) }
+        })
+    };
+    let mut stopping = core.stopping.clone();
+    if http2 {
+        let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(H2_STREAMS)
+            .initial_stream_window_size(H2_WINDOW)
+            .initial_connection_window_size(1 << 20)
+            .max_header_list_size(BUFFER as u32)
+            .max_send_buf_size(BUFFER)
+            .keep_alive_interval(Some(core.settings.idle_timeout))
+            .keep_alive_timeout(core.settings.head_timeout);
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
+        tokio::select! {
+            _ = &mut connection => return,
+            () = reached(&mut stopping, Stopping::Draining) => connection.as_mut().graceful_shutdown(),
+        }
+        _ = connection.await;
+        return;
+    }
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder
+        .max_buf_size(BUFFER)
+        .header_read_timeout(None)
+        .keep_alive(true)
+        .pipeline_flush(false);
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
+    let mut told = false;
+    let mut seen = (0, Phase::New);
+    let mut deadline = pin!(sleep_until(Instant::now() + core.settings.head_timeout));
+    loop {
+        tokio::select! {
+            biased;
+            _ = &mut connection => return,
+            // A FIN before the answer's end means that the caller left, as in nginx: dropping the connection drops
+            // its request, and with that its place, its slot and its exchange.
+            () = hang_up.seen() => {
+                if phase.load(Ordering::Relaxed) != Phase::Busy as u8 {
+                    _ = connection.await;
+                }
+                return;
+            }
+            () = reached(&mut stopping, Stopping::Draining), if !told => {
+                told = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            () = &mut deadline => {
+                let now = match phase.load(Ordering::Relaxed) {
+                    n if n == Phase::New as u8 => Phase::New,
+                    n if n == Phase::Idle as u8 => Phase::Idle,
+                    _ => Phase::Busy,
+                };
+                let turn = turns.load(Ordering::Relaxed);
+                if now != Phase::Busy && (turn, now) == seen {
+                    return;
+                }
+                seen = (turn, now);
+                let wait = if now == Phase::New { core.settings.head_timeout } else { core.settings.idle_timeout };
+                deadline.as_mut().reset(Instant::now() + wait);
+            }
+        }
+    }
+}
+
+/// Waits for a connection's first bytes and says whether they are HTTP/2's.
+async fn first_bytes(hang_up: &socket::HangUp, core: &Core) -> Option<bool> {
+    tokio::select! {
+        http2 = hang_up.http2_preface() => http2,
+        () = sleep(core.settings.head_timeout) => None,
+    }
+}
+
+/// A request that is open on a connection and on its core, until its answer's last byte.
+pub struct OpenRequest {
+    core: Arc<AtomicUsize>,
+    phase: Arc<AtomicU8>,
+}
+
+impl OpenRequest {
+    fn new(core: &Core, phase: &Arc<AtomicU8>, turns: &AtomicUsize) -> Self {
+        core.open.fetch_add(1, Ordering::Relaxed);
+        turns.fetch_add(1, Ordering::Relaxed);
+        phase.store(Phase::Busy as u8, Ordering::Relaxed);
+        Self {
+            core: core.open.clone(),
+            phase: phase.clone(),
+        }
+    }
+}
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.core.fetch_sub(1, Ordering::Relaxed);
+        self.phase.store(Phase::Idle as u8, Ordering::Relaxed);
+    }
+}
+
+/// From a request to its answer, whatever happens: the one place where refusals become answers.
+async fn answer(
+    core: &Arc<Core>,
+    peer: SocketAddr,
+    request: Request<Incoming>,
+    counted: OpenRequest,
+) -> Response<Answer> {
+    let caller = Caller {
+        request_id: Uuid::now_v7(),
+        peer: peer.ip(),
+    };
+    let mut account = Account::open(
+        core.log.clone(),
+        counted,
+        caller.request_id,
+        caller.peer,
+        request.method().clone(),
+        Instant::now(),
+    );
+    let (head, body) = request.into_parts();
+    let target = match headers::check(&head).and_then(|()| Target::of(&head)) {
+        Ok(Some(target)) => target,
+        Ok(None) => return own(unidentified(core, head.uri.path()), caller, false, account),
+        Err(refusal) => return own(Err(refusal), caller, false, account),
+    };
+    account.target(target.function, target.version);
+    let request = Request::from_parts(head, body);
+    // A panic costs its own request; what the request held is given back by its guards.
+    let invoked = AssertUnwindSafe(invoke(core, &caller, target, request, &mut account))
+        .catch_unwind()
+        .await;
+    let invoked = invoked.unwrap_or_else(|_| {
+        tracing::error!(request_id = %caller.request_id, "an invocation panicked");
+        Err(Refusal::Internal)
+    });
+    match invoked {
+        Ok(mut response) => {
+            let status = response.status();
+            headers::mark(response.headers_mut(), caller.request_id, status, true);
+            response
+        }
+        Err(refusal) => own(Err(refusal), caller, true, account),
+    }
+}
+
+fn own(
+    outcome: Result<Response<Bytes>, Refusal>,
+    caller: Caller,
+    identified: bool,
+    mut account: Account,
+) -> Response<Answer> {
+    let (mut response, error) = match outcome {
+        Ok(response) => (response, None),
+        Err(refusal) => (refusal.response(caller.request_id), Some(refusal.code())),
+    };
+    let status = response.status();
+    account.answered(status, error);
+    headers::mark(
+        response.headers_mut(),
+        caller.request_id,
+        status,
+        identified,
+    );
+    response.map(|body| Answer::Own(Some(body), account))
+}
+
+/// What names no function: Weir's own health, or nothing.
+fn unidentified(core: &Core, path: &str) -> Result<Response<Bytes>, Refusal> {
+    match path {
+        "/healthz" => Ok(Response::new(Bytes::from_static(b"ok\n"))),
+        "/readyz" => {
+            let mut response = Response::new(Bytes::from_static(b"ready\n"));
+            if *core.stopping.borrow() > Stopping::No {
+                *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+                *response.body_mut() = Bytes::from_static(b"stopping\n");
+            }
+            Ok(response)
+        }
+        _ => Err(Refusal::UnknownFunction),
+    }
+}

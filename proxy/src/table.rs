@@ -1,0 +1,331 @@
+//! The routing table: from a function's ID to an immutable view of it, with
+//! the queues of its deployed versions.
+//!
+//! One task writes it, from the directory's changes; the request path reads
+//! one `Arc` and never sees half a change. A queue lives as long as its
+//! deployment: views come and go around it.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use dashmap::DashMap;
+use tokio::sync::{broadcast, mpsc};
+use uuid::Uuid;
+use weir_control::{
+    controller::Signal,
+    directory::{Directory, VersionView},
+    model::{
+        AccountId, Deployment, DeploymentId, FunctionId, FunctionState, InstanceId, InstanceState,
+        Version, VersionId,
+    },
+};
+use weir_queue::{Limits, Queue};
+
+use crate::{
+    clock,
+    metrics::{FunctionMetrics, Metrics, VersionMetrics},
+    upstream::{Backend, Connection},
+};
+
+pub type VersionQueue = Queue<Arc<Backend>, Connection>;
+
+/// A function as the request path sees it.
+pub struct Route {
+    pub account: AccountId,
+    /// Oldest first.
+    pub versions: Vec<VersionRoute>,
+}
+
+pub struct VersionRoute {
+    pub version: Arc<Version>,
+    pub state: FunctionState,
+    pub shared_with: Arc<[String]>,
+    /// Present while it is deployed.
+    pub deployed: Option<Arc<Deployed>>,
+    pub deployment: Option<Arc<Deployment>>,
+    pub starting: bool,
+    /// How long its last starts took (median), where one is known.
+    pub start_time: Option<Duration>,
+    /// Why its instances fail, where one does.
+    pub error: Option<Arc<str>>,
+}
+
+/// What lives as long as a deployment.
+pub struct Deployed {
+    pub function: FunctionId,
+    pub version: VersionId,
+    pub deployment: DeploymentId,
+    pub queue: Arc<VersionQueue>,
+    pub metrics: VersionMetrics,
+    /// Moving average of the time an instance takes for a request, in microseconds; 0: none yet.
+    service_time: AtomicU64,
+    /// What the table's task last told the queue of each instance.
+    told: Mutex<HashMap<InstanceId, Arc<Backend>>>,
+}
+
+impl Deployed {
+    pub fn served(&self, took: Duration) {
+        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+        let average = self.service_time.load(Ordering::Relaxed);
+        let next = if average == 0 {
+            took
+        } else {
+            average - average / 8 + took / 8
+        };
+        // Two that race lose one sample of an average: harmless.
+        self.service_time.store(next.max(1), Ordering::Relaxed);
+    }
+
+    /// `queue / capacity × mean service time`: when a place may be free again.
+    #[must_use]
+    pub fn expected_wait(&self) -> Duration {
+        let load = self.queue.load();
+        let mean = Duration::from_micros(self.service_time.load(Ordering::Relaxed));
+        mean.mul_f64(load.queued as f64 / load.capacity.max(1) as f64)
+    }
+}
+
+pub struct Table {
+    routes: DashMap<FunctionId, Arc<Route>>,
+    deployed: DashMap<VersionId, Arc<Deployed>>,
+    metrics: Arc<Metrics>,
+    signals: mpsc::UnboundedSender<Signal>,
+}
+
+impl Table {
+    #[must_use]
+    pub fn new(metrics: Arc<Metrics>, signals: mpsc::UnboundedSender<Signal>) -> Arc<Self> {
+        Arc::new(Self {
+            routes: DashMap::new(),
+            deployed: DashMap::new(),
+            metrics,
+            signals,
+        })
+    }
+
+    /// The one reader of the request path.
+    #[must_use]
+    pub fn view(&self, function: FunctionId) -> Option<Arc<Route>> {
+        self.routes
+            .get(&function)
+            .map(|route| route.value().clone())
+    }
+
+    #[must_use]
+    pub fn deployed(&self, version: VersionId) -> Option<Arc<Deployed>> {
+        self.deployed
+            .get(&version)
+            .map(|deployed| deployed.value().clone())
+    }
+
+    #[must_use]
+    pub fn all_deployed(&self) -> Vec<Arc<Deployed>> {
+        self.deployed
+            .iter()
+            .map(|deployed| deployed.value().clone())
+            .collect()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        // Without a listener Weir is stopping.
+        _ = self.signals.send(signal);
+    }
+
+    /// Where a waiting request stands.
+    #[must_use]
+    pub fn position(&self, request: Uuid) -> Option<(FunctionId, VersionId, usize)> {
+        self.all_deployed().iter().find_map(|deployed| {
+            let position = deployed.queue.position(request.as_u128())?;
+            Some((deployed.function, deployed.version, position))
+        })
+    }
+
+    /// Follows the directory for ever.
+    pub async fn follow(
+        &self,
+        directory: &Directory,
+        mut changes: broadcast::Receiver<FunctionId>,
+    ) {
+        loop {
+            match changes.recv().await {
+                Ok(function) => self.apply(directory, function),
+                Err(broadcast::error::RecvError::Lagged(_)) => self.apply_all(directory),
+                Err(broadcast::error::RecvError::Closed) => return,
+            }
+        }
+    }
+
+    pub fn apply_all(&self, directory: &Directory) {
+        let gone: Vec<FunctionId> = self.routes.iter().map(|route| *route.key()).collect();
+        for function in gone
+            .into_iter()
+            .chain(directory.views().iter().map(|view| view.id))
+        {
+            self.apply(directory, function);
+        }
+    }
+
+    /// Brings one function's route up to what the directory says.
+    pub fn apply(&self, directory: &Directory, function: FunctionId) {
+        let before = self.view(function);
+        let view = directory.view(function);
+        let versions: Vec<VersionRoute> = match &view {
+            Some(view) => {
+                let per_function = self.metrics.function(function);
+                view.versions
+                    .iter()
+                    .map(|version| self.route(function, version, &per_function))
+                    .collect()
+            }
+            None => Vec::new(),
+        };
+        let kept: Vec<DeploymentId> = versions
+            .iter()
+            .filter_map(|v| v.deployed.as_ref().map(|d| d.deployment))
+            .collect();
+        match view {
+            Some(view) => {
+                self.routes.insert(
+                    function,
+                    Arc::new(Route {
+                        account: view.account.clone(),
+                        versions,
+                    }),
+                );
+            }
+            None => {
+                self.routes.remove(&function);
+            }
+        }
+        for old in before
+            .iter()
+            .flat_map(|route| &route.versions)
+            .filter_map(|v| v.deployed.as_ref())
+        {
+            if !kept.contains(&old.deployment) {
+                self.deployed
+                    .remove_if(&old.version, |_, now| now.deployment == old.deployment);
+                old.queue.close("the deployment was removed".into());
+            }
+        }
+    }
+
+    fn route(
+        &self,
+        function: FunctionId,
+        view: &VersionView,
+        metrics: &Arc<FunctionMetrics>,
+    ) -> VersionRoute {
+        let deployed = view.deployment.as_ref().map(|deployment| {
+            let limits = Limits {
+                max_requests: usize::try_from(deployment.queue.max_requests).unwrap_or(usize::MAX),
+                max_bytes: deployment.queue.max_bytes,
+            };
+            let known = self
+                .deployed(view.version.id)
+                .filter(|known| known.deployment == deployment.id);
+            let deployed = known.unwrap_or_else(|| {
+                let deployed = Arc::new(Deployed {
+                    function,
+                    version: view.version.id,
+                    deployment: deployment.id,
+                    queue: Queue::new(limits, clock::now),
+                    metrics: self
+                        .metrics
+                        .version(function, view.version.id, metrics.clone()),
+                    service_time: AtomicU64::new(0),
+                    told: Mutex::default(),
+                });
+                self.deployed.insert(view.version.id, deployed.clone());
+                deployed
+            });
+            deployed.queue.set_limits(limits);
+            tell_instances(&deployed, view, deployment);
+            deployed
+        });
+        let mut starts: Vec<Duration> = view
+            .instances
+            .iter()
+            .filter_map(|i| {
+                i.first_healthy_at?
+                    .duration_since(i.spawned_at?)
+                    .try_into()
+                    .ok()
+            })
+            .collect();
+        starts.sort();
+        let error: Option<Arc<str>> = view
+            .instances
+            .iter()
+            .find_map(|i| i.error.as_deref())
+            .map(Arc::from);
+        if let (Some(deployed), FunctionState::Error) = (&deployed, view.state) {
+            let why = error.clone().unwrap_or_else(|| "its instances fail".into());
+            deployed.queue.fail_waiters(why);
+        }
+        VersionRoute {
+            version: view.version.clone(),
+            state: view.state,
+            shared_with: view.shared_with.clone(),
+            deployed,
+            deployment: view.deployment.clone(),
+            starting: view
+                .instances
+                .iter()
+                .any(|i| i.state == InstanceState::Starting),
+            start_time: starts.get(starts.len() / 2).copied(),
+            error,
+        }
+    }
+}
+
+/// Tells the queue what changed about the instances since it was last told.
+fn tell_instances(deployed: &Deployed, view: &VersionView, deployment: &Deployment) {
+    let mut told = deployed.told.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut dialled: HashMap<InstanceId, Arc<Backend>> = HashMap::new();
+    for instance in &view.instances {
+        let Some(address) = instance.address else {
+            continue;
+        };
+        let backend = Arc::new(Backend {
+            instance: instance.id,
+            address,
+            capacity: instance.capacity,
+            draining: instance.state == InstanceState::Draining,
+            cancel_timeout: deployment.cancel_timeout.0,
+        });
+        let key = instance.id.0.as_u128();
+        match instance.state {
+            InstanceState::Ready | InstanceState::Draining => {
+                let known = told.get(&instance.id);
+                if known.is_none_or(|known| **known != *backend) {
+                    if known.is_some_and(|known| known.address != backend.address) {
+                        // Restarted elsewhere: connections to the old place are of no use.
+                        deployed.queue.remove_instance(key);
+                    }
+                    if backend.draining {
+                        deployed.queue.drain_instance(key);
+                    } else {
+                        deployed.queue.put_instance(
+                            key,
+                            backend.clone(),
+                            backend.capacity as usize,
+                        );
+                    }
+                }
+                dialled.insert(instance.id, backend);
+            }
+            InstanceState::Starting | InstanceState::Error => {}
+        }
+    }
+    for gone in told.keys().filter(|id| !dialled.contains_key(id)) {
+        deployed.queue.remove_instance(gone.0.as_u128());
+    }
+    *told = dialled;
+}

@@ -1,0 +1,210 @@
+//! One attempt on one instance: a slot goes in, an answer and an [`Exchange`]
+//! come out.
+//!
+//! The exchange owns the slot until the instance is done, and not merely until
+//! Weir is: finished, the slot is free and keeps the connection; dropped
+//! earlier, the connection's own task shuts the write side down, reads and
+//! drops until the instance closes its side too (or `cancelTimeout` passes),
+//! and only then is the slot free. An instance that ends work when its
+//! connection closes so never has more requests than slots.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use hyper::{Request, Response, body::Incoming, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use metrics::Counter;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::oneshot,
+    time::timeout,
+};
+use weir_control::model::InstanceId;
+use weir_queue::Slot;
+
+use crate::body::{Outgoing, Progress};
+
+/// From a connect's start to its end.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Where an instance is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backend {
+    pub instance: InstanceId,
+    pub address: SocketAddr,
+    pub capacity: u32,
+    pub draining: bool,
+    /// Longest time a cancelled request may keep its slot.
+    pub cancel_timeout: Duration,
+}
+
+pub type InstanceSlot = Slot<Arc<Backend>, Connection>;
+
+/// An open connection to an instance; it belongs to a slot and travels with it.
+#[derive(Debug)]
+pub struct Connection {
+    sender: http1::SendRequest<Outgoing>,
+    abandon: oneshot::Sender<Abandoned>,
+}
+
+/// What the connection's task gets when its exchange was dropped unfinished.
+#[derive(Debug)]
+struct Abandoned {
+    /// Held until the instance has closed its side.
+    slot: InstanceSlot,
+    cancel_timeouts: Counter,
+}
+
+/// Why an attempt has no answer.
+#[derive(Debug)]
+pub enum Failure {
+    /// Nothing was sent; the request is whole and may go elsewhere. The slot is still held, where nothing else
+    /// holds it: mark the instance first, or the next waiter gets the same refusal.
+    NotSent(Box<Request<Outgoing>>, Option<InstanceSlot>),
+    /// It was sent, in part at least, and may have had an effect.
+    Lost,
+}
+
+/// A request that an instance has. See the module's head.
+#[derive(Debug)]
+pub struct Exchange {
+    /// Taken by `finish` or by `drop`.
+    inner: Option<(InstanceSlot, Connection)>,
+    /// Of the request's body.
+    progress: Arc<Progress>,
+    cancel_timeouts: Counter,
+}
+
+/// Sends the request on the slot's connection, or on a new one.
+pub async fn send(
+    mut slot: InstanceSlot,
+    mut request: Request<Outgoing>,
+    cancel_timeouts: &Counter,
+) -> Result<(Response<Incoming>, Exchange), Failure> {
+    loop {
+        let (connection, reused) = match slot.take_connection() {
+            Some(mut connection) => match connection.sender.ready().await {
+                Ok(()) => (connection, true),
+                Err(_) => continue,
+            },
+            None => match connect(slot.target().address).await {
+                Ok(connection) => (connection, false),
+                Err(()) => return Err(Failure::NotSent(Box::new(request), Some(slot))),
+            },
+        };
+        let progress = request.body().progress();
+        let mut exchange = Exchange {
+            inner: Some((slot, connection)),
+            progress,
+            cancel_timeouts: cancel_timeouts.clone(),
+        };
+        let Some((_, connection)) = &mut exchange.inner else {
+            return Err(Failure::Lost);
+        };
+        match connection.sender.try_send_request(request).await {
+            Ok(response) => return Ok((response, exchange)),
+            Err(mut error) => match (error.take_message(), reused) {
+                // The instance had closed the idle connection: the slot is still good.
+                (Some(unsent), true) => {
+                    request = unsent;
+                    let Some((kept, _)) = exchange.inner.take() else {
+                        return Err(Failure::Lost);
+                    };
+                    slot = kept;
+                }
+                (Some(unsent), false) => return Err(Failure::NotSent(Box::new(unsent), None)),
+                (None, _) => return Err(Failure::Lost),
+            },
+        }
+    }
+}
+
+async fn connect(address: SocketAddr) -> Result<Connection, ()> {
+    let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
+        .await
+        .map_err(drop)?
+        .map_err(drop)?;
+    _ = stream.set_nodelay(true);
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(drop)?;
+    let (abandon, abandoned) = oneshot::channel();
+    tokio::spawn(drive(connection, abandoned));
+    Ok(Connection { sender, abandon })
+}
+
+/// Drives one connection until it ends or its exchange is abandoned, then sees the instance off.
+async fn drive(
+    mut connection: http1::Connection<TokioIo<TcpStream>, Outgoing>,
+    mut abandoned: oneshot::Receiver<Abandoned>,
+) {
+    let early = {
+        let mut driven = std::pin::pin!(std::future::poll_fn(
+            |cx| connection.poll_without_shutdown(cx)
+        ));
+        tokio::select! {
+            _ = &mut driven => None,
+            taken = &mut abandoned => match taken {
+                Ok(taken) => Some(taken),
+                // The sender is gone without an abandoned exchange: an idle connection was dropped.
+                Err(_) => {
+                    _ = driven.await;
+                    None
+                }
+            },
+        }
+    };
+    // From here on a slot that comes is held until this task ends.
+    let mut stream = connection.into_parts().io.into_inner();
+    let limit = |a: &Abandoned| a.slot.target().cancel_timeout;
+    let closing = async {
+        _ = stream.shutdown().await;
+        let mut sink = [0_u8; 4096];
+        while let Ok(1..) = stream.read(&mut sink).await {}
+    };
+    let mut closing = std::pin::pin!(closing);
+    let (held, closed) = match early {
+        Some(held) => {
+            let closed = timeout(limit(&held), &mut closing).await.is_ok();
+            (Some(held), closed)
+        }
+        None => {
+            let closed = timeout(Duration::from_secs(5), &mut closing).await.is_ok();
+            (abandoned.try_recv().ok(), closed)
+        }
+    };
+    if !closed {
+        if let Some(held) = &held {
+            held.cancel_timeouts.increment(1);
+        }
+        // The instance keeps its side open: break the connection rather than leave it half closed.
+        _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+    }
+    drop(stream);
+    drop(held);
+}
+
+impl Exchange {
+    /// The answer's last byte has come: the slot is free, and keeps the connection if the request went out whole.
+    pub fn finish(mut self) {
+        let Some((slot, connection)) = self.inner.take() else {
+            return;
+        };
+        if self.progress.sent() && !connection.sender.is_closed() {
+            slot.release_with(connection);
+        } else {
+            self.inner = Some((slot, connection));
+        }
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        if let Some((slot, connection)) = self.inner.take() {
+            let abandoned = Abandoned {
+                slot,
+                cancel_timeouts: self.cancel_timeouts.clone(),
+            };
+            // Where the task has ended, the instance has closed its side, and the slot is free at once.
+            _ = connection.abandon.send(abandoned);
+        }
+    }
+}

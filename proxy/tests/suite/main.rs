@@ -1,0 +1,14 @@
+//! The whole of Weir, from outside: the real binary is started, told over its
+//! API what to run, and called as its callers call it.
+//!
+//! [`support`] starts servers and speaks to them, [`instance`] is an instance
+//! that keeps its own books; every other module holds promises.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod calls;
+mod crashes;
+mod instance;
+mod leaving;
+mod storm;
+mod support;
+mod waiting;
