@@ -129,7 +129,8 @@ fn deployment(queue: u32) -> serde_json::Value {
         "queue": {
             "maxRequests": u64::from(queue) + 1,
             // Bodies, heads and room.
-            "maxBytes": (u64::from(queue) + 1) * 16 * BODY as u64,
+            // Never below the default of `holdBytes`.
+            "maxBytes": ((u64::from(queue) + 1) * 16 * BODY as u64).max(1 << 20),
             "busyTimeout": "PT1H",
             "coldTimeout": "PT1H",
         },

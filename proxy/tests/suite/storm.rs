@@ -7,7 +7,7 @@ use std::{
 
 use futures_util::future::join_all;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -16,10 +16,22 @@ use crate::{
     support::{SOON, Server, eventually, kill, pid, rest},
 };
 
-const CALLERS: usize = 600;
+const CALLERS: usize = 2000;
 const CAPACITY: u32 = 2;
 /// The instance is killed when so many have been answered.
 const KILL_AFTER: usize = 100;
+
+/// Each caller is a connection of this process.
+fn open_files(needed: u64) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|now| now < needed) {
+        let raised = Rlimit {
+            current: Some(needed),
+            maximum: limit.maximum,
+        };
+        setrlimit(Resource::Nofile, raised).unwrap();
+    }
+}
 
 struct Caller {
     work_ms: u64,
@@ -28,19 +40,21 @@ struct Caller {
 
 #[tokio::test]
 async fn no_storm_overloads_an_instance_or_leaks_a_slot() {
+    open_files(2 * CALLERS as u64);
     let server = Server::start();
     let books = tempfile::tempdir().unwrap();
     let (name, value) = instance::env(books.path());
     let command = instance::command();
     let command = command.each_ref().map(String::as_str);
     let function = server.function(&command, &[(name, &value)]).await;
-    server.deploy(&function, (3, 3, CAPACITY), json!({})).await;
+    let queue = json!({ "queue": { "maxRequests": 2 * CALLERS } });
+    server.deploy(&function, (3, 3, CAPACITY), queue).await;
     let victim = pid(&server.ready(&function, 3).await[1]);
 
     let mut rng = StdRng::seed_from_u64(7);
     let callers = (0..CALLERS).map(|i| Caller {
         work_ms: rng.random_range(2..40),
-        leaves_after: (i % 3 == 0).then(|| Duration::from_millis(rng.random_range(0..2500))),
+        leaves_after: (i % 3 == 0).then(|| Duration::from_millis(rng.random_range(0..7000))),
     });
     let callers: Vec<Caller> = callers.collect();
     let ended = AtomicUsize::new(0);
