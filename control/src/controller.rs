@@ -124,6 +124,21 @@ struct Scaling {
     draining_since: Option<Instant>,
 }
 
+impl Scaling {
+    fn new(deployment: &Deployment, settings: &Settings) -> Self {
+        Self {
+            function: deployment.function,
+            version: deployment.version,
+            history: History::new(settings),
+            state: scale::State::default(),
+            asked: BTreeMap::new(),
+            order: Vec::new(),
+            next_look: None,
+            draining_since: None,
+        }
+    }
+}
+
 pub struct Controller {
     pub store: Arc<dyn Store>,
     pub directory: Arc<Directory>,
@@ -262,16 +277,7 @@ impl Controller {
         let scaling = self
             .scalings
             .entry(deployment.id)
-            .or_insert_with(|| Scaling {
-                function: deployment.function,
-                version: deployment.version,
-                history: History::new(&settings),
-                state: scale::State::default(),
-                asked: BTreeMap::new(),
-                order: Vec::new(),
-                next_look: None,
-                draining_since: None,
-            });
+            .or_insert_with(|| Scaling::new(deployment, &settings));
         let now = self.start.elapsed();
         scaling.history.fit(&settings);
         let sample = self
@@ -376,16 +382,7 @@ impl Controller {
         let scaling = self
             .scalings
             .entry(deployment.id)
-            .or_insert_with(|| Scaling {
-                function: deployment.function,
-                version: deployment.version,
-                history: History::new(&settings),
-                state: scale::State::default(),
-                asked: BTreeMap::new(),
-                order: Vec::new(),
-                next_look: None,
-                draining_since: None,
-            });
+            .or_insert_with(|| Scaling::new(deployment, &settings));
         let since = *scaling.draining_since.get_or_insert_with(Instant::now);
         let load = self
             .slots
