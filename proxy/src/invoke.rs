@@ -51,12 +51,13 @@ pub async fn invoke(
         return Err(Refusal::BodyTooLarge { limit });
     }
 
-    let (version, deployed, deployment) = choose(&route, &target, &key)?;
+    let chosen = choose(&route, &target, &key)?;
+    let (version, deployed, deployment) = chosen;
     account.deployed(deployed);
     core.limits.check(version, &key)?;
 
     let patience = Patience::of(&head, &target, deployment)?;
-    let mut ask = Ask {
+    let ask = Ask {
         request: caller.request_id.as_u128(),
         priority: key.priority,
         account: account_number(&key.account),
@@ -65,19 +66,7 @@ pub async fn invoke(
         home: core.index,
     };
     let mut held = Held::new(body, limit);
-    let mut waited = None;
-    let mut slot = match deployed.queue.enter(ask.clone()) {
-        Entered::Slot(slot) => slot,
-        Entered::Refused(refused) => return Err(refusal(core, refused, deployed)),
-        Entered::Waiting(waiting) => {
-            let slot = wait(
-                core, waiting, &mut held, &patience, version, deployed, deployment,
-            )
-            .await?;
-            waited = Some(clock::now().saturating_sub(arrival));
-            slot
-        }
-    };
+    let (mut slot, mut waited) = take_slot(core, &ask, &mut held, &patience, chosen).await?;
 
     headers::forward(
         &mut head,
@@ -115,25 +104,8 @@ pub async fn invoke(
                 }
                 attempt += 1;
                 request = *unsent;
-                // A new identity in the line, the old place.
-                ask.arrival = arrival;
-                slot = match deployed.queue.enter(ask.clone()) {
-                    Entered::Slot(slot) => slot,
-                    Entered::Refused(refused) => return Err(refusal(core, refused, deployed)),
-                    Entered::Waiting(waiting) => {
-                        let mut nothing = Held::default();
-                        wait(
-                            core,
-                            waiting,
-                            &mut nothing,
-                            &patience,
-                            version,
-                            deployed,
-                            deployment,
-                        )
-                        .await?
-                    }
-                };
+                // Back into the line, at the old place: `ask` has the old arrival.
+                (slot, _) = take_slot(core, &ask, &mut Held::default(), &patience, chosen).await?;
             }
         }
     };
@@ -339,6 +311,25 @@ enum Expired {
     Cold,
 }
 
+/// Takes a slot at once or after a wait, and says how long the wait was since the arrival.
+async fn take_slot(
+    core: &Arc<Core>,
+    ask: &Ask,
+    held: &mut Held,
+    patience: &Patience,
+    chosen: Chosen<'_>,
+) -> Result<(InstanceSlot, Option<Duration>), Refusal> {
+    let (_, deployed, _) = chosen;
+    match deployed.queue.enter(ask.clone()) {
+        Entered::Slot(slot) => Ok((slot, None)),
+        Entered::Refused(refused) => Err(refusal(core, refused, deployed)),
+        Entered::Waiting(waiting) => {
+            let slot = wait(core, waiting, held, patience, chosen).await?;
+            Ok((slot, Some(clock::now().saturating_sub(ask.arrival))))
+        }
+    }
+}
+
 /// Waits for a slot, reading the body meanwhile.
 ///
 /// Up to `holdBytes` of it are read whatever happens. A longer body is read on as long as half of the queue's bytes
@@ -348,9 +339,7 @@ async fn wait(
     mut waiting: Waiting<Arc<Backend>, Connection>,
     held: &mut Held,
     patience: &Patience,
-    version: &VersionRoute,
-    deployed: &Arc<Deployed>,
-    deployment: &Deployment,
+    (version, deployed, deployment): Chosen<'_>,
 ) -> Result<InstanceSlot, Refusal> {
     if waiting.first() || waiting.cold() {
         core.table
