@@ -4,6 +4,7 @@
 //!
 //! - [`model`]: the vocabulary, shared with the data plane.
 //! - [`store`]: intent, durable.
+//! - [`coordination`]: facts, as long as those who tell them live.
 //! - [`directory`]: intent and facts joined into one immutable view per function.
 //! - [`state`]: the six function states, computed.
 //! - [`scale`]: how many instances a version gets, as a pure function.
@@ -16,6 +17,7 @@ pub mod agent;
 pub mod api;
 pub mod auth;
 pub mod controller;
+pub mod coordination;
 pub mod directory;
 pub mod gpu;
 pub mod model;

@@ -17,6 +17,20 @@ pub struct Sample {
     pub queued: u32,
 }
 
+impl Sample {
+    /// Of two proxies together.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            at: self.at.max(other.at),
+            area: self.area + other.area,
+            arrivals: self.arrivals.saturating_add(other.arrivals),
+            in_system: self.in_system.saturating_add(other.in_system),
+            queued: self.queued.saturating_add(other.queued),
+        }
+    }
+}
+
 /// The samples of the last stable window, and finer ones of the last panic window.
 ///
 /// An average needs the area at its window's two ends only, so samples between them may be dropped: it
