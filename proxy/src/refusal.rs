@@ -170,7 +170,7 @@ impl Refusal {
     pub fn response(&self, request_id: uuid::Uuid) -> Response<Bytes> {
         let status = self.status();
         let body = serde_json::json!({
-            "type": format!("urn:weir:problem-details:{}", self.code()),
+            "type": format!("urn:weir:problem:{}", self.code()),
             "title": status.canonical_reason().unwrap_or("Error"),
             "status": status.as_u16(),
             "detail": self.detail(),
@@ -218,7 +218,7 @@ mod tests {
         assert_eq!(response.headers()["x-weir-error"], "queue-full");
         assert_eq!(response.headers()["retry-after"], "3");
         let body: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
-        assert_eq!(body["type"], "urn:weir:problem-details:queue-full");
+        assert_eq!(body["type"], "urn:weir:problem:queue-full");
         assert_eq!(body["requestId"], id.to_string());
     }
 
