@@ -56,7 +56,7 @@ pub async fn invoke(
     account.deployed(deployed);
     core.limits.check(version, &key)?;
 
-    let patience = Patience::of(&head, &target, deployment)?;
+    let mut patience = Patience::of(&head, &target, deployment, arrival)?;
     let ask = Ask {
         request: caller.request_id.as_u128(),
         priority: key.priority,
@@ -66,7 +66,7 @@ pub async fn invoke(
         home: core.index,
     };
     let mut held = Held::new(body, limit);
-    let (mut slot, mut waited) = take_slot(core, &ask, &mut held, &patience, chosen).await?;
+    let (mut slot, mut waited) = take_slot(core, &ask, &mut held, &mut patience, chosen).await?;
 
     headers::forward(
         &mut head,
@@ -105,7 +105,8 @@ pub async fn invoke(
                 attempt += 1;
                 request = *unsent;
                 // Back into the line, at the old place: `ask` has the old arrival.
-                (slot, _) = take_slot(core, &ask, &mut Held::default(), &patience, chosen).await?;
+                (slot, _) =
+                    take_slot(core, &ask, &mut Held::default(), &mut patience, chosen).await?;
             }
         }
     };
@@ -244,11 +245,19 @@ struct Patience {
     callers: Option<Duration>,
     busy: Duration,
     cold: Duration,
-    since: Instant,
+    /// By the queue's clock.
+    arrival: Duration,
+    /// The queue's phase at the arrival, known from the first wait on.
+    entered: Option<Phase>,
 }
 
 impl Patience {
-    fn of(head: &Parts, target: &Target, deployment: &Deployment) -> Result<Self, Refusal> {
+    fn of(
+        head: &Parts,
+        target: &Target,
+        deployment: &Deployment,
+        arrival: Duration,
+    ) -> Result<Self, Refusal> {
         let seconds = |name: &str, most: u64| -> Result<Option<Duration>, Refusal> {
             let Some(value) = head.headers.get(name) else {
                 return Ok(None);
@@ -273,21 +282,31 @@ impl Patience {
             callers: [poll, own].into_iter().flatten().min(),
             busy: deployment.queue.busy_timeout.0,
             cold: deployment.queue.cold_timeout.0,
-            since: Instant::now(),
+            arrival,
+            entered: None,
         })
     }
 
-    /// Whether the wait is over, and the earliest time it could be.
-    fn check(&self, entered: Phase, now: Phase) -> Result<Duration, Expired> {
+    fn waited(&self) -> Duration {
+        clock::now().saturating_sub(self.arrival)
+    }
+
+    /// Whether the wait is over, and the earliest time it could be. A request that waits again, since its instance
+    /// took no connection, goes on from where it was.
+    fn check(&mut self, now: Phase) -> Result<Duration, Expired> {
+        let waited = self.waited();
+        // What came before the first wait was with an instance, so with one that was ready.
+        let entered = *self.entered.get_or_insert(Phase {
+            warm: now.warm.saturating_sub(waited),
+            cold: now.cold,
+        });
         let busy_left = self
             .busy
             .saturating_sub(now.warm.saturating_sub(entered.warm));
         let cold_left = self
             .cold
             .saturating_sub(now.cold.saturating_sub(entered.cold));
-        let own_left = self
-            .callers
-            .map(|limit| limit.saturating_sub(self.since.elapsed()));
+        let own_left = self.callers.map(|limit| limit.saturating_sub(waited));
         if busy_left.is_zero() {
             return Err(Expired::Busy);
         }
@@ -316,7 +335,7 @@ async fn take_slot(
     core: &Arc<Core>,
     ask: &Ask,
     held: &mut Held,
-    patience: &Patience,
+    patience: &mut Patience,
     chosen: Chosen<'_>,
 ) -> Result<(InstanceSlot, Option<Duration>), Refusal> {
     let (_, deployed, _) = chosen;
@@ -325,7 +344,7 @@ async fn take_slot(
         Entered::Refused(refused) => Err(refusal(core, refused, deployed)),
         Entered::Waiting(waiting) => {
             let slot = wait(core, waiting, held, patience, chosen).await?;
-            Ok((slot, Some(clock::now().saturating_sub(ask.arrival))))
+            Ok((slot, Some(patience.waited())))
         }
     }
 }
@@ -338,20 +357,19 @@ async fn wait(
     core: &Arc<Core>,
     mut waiting: Waiting<Arc<Backend>, Connection>,
     held: &mut Held,
-    patience: &Patience,
+    patience: &mut Patience,
     (version, deployed, deployment): Chosen<'_>,
 ) -> Result<InstanceSlot, Refusal> {
     if waiting.first() || waiting.cold() {
         core.table
             .signal(Signal::Demand(deployed.function, deployed.version));
     }
-    let entered = deployed.queue.phase();
     let settings = &deployment.queue;
     loop {
-        let left = match patience.check(entered, deployed.queue.phase()) {
+        let left = match patience.check(deployed.queue.phase()) {
             Ok(left) => left,
             Err(expired) => {
-                let waited = patience.since.elapsed();
+                let waited = patience.waited();
                 return Err(match expired {
                     Expired::Busy => Refusal::BusyTimeout {
                         waited,
@@ -417,4 +435,50 @@ fn path_for(callers: &Uri, target: &Target, inference_url: &str) -> Result<Uri, 
         }
     };
     Ok(Uri::from(path_and_query))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// A request that came now and waits up to ten seconds for a busy instance, twenty for a start.
+    fn patience() -> Patience {
+        Patience {
+            callers: None,
+            busy: 10 * SECOND,
+            cold: 20 * SECOND,
+            arrival: clock::now(),
+            entered: None,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_again_goes_on_from_where_it_was() {
+        let mut patience = patience();
+        let mut phase = Phase {
+            warm: 100 * SECOND,
+            cold: 50 * SECOND,
+        };
+        assert_eq!(patience.check(phase).unwrap(), 10 * SECOND);
+        phase.warm += 4 * SECOND;
+        assert_eq!(patience.check(phase).unwrap(), 6 * SECOND);
+        // The instance took no connection and is set aside: the next wait.
+        phase.cold += 15 * SECOND;
+        assert_eq!(patience.check(phase).unwrap(), 5 * SECOND);
+        phase.warm += 6 * SECOND;
+        assert!(matches!(patience.check(phase), Err(Expired::Busy)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_with_an_instance_that_took_no_connection_counts() {
+        let mut patience = patience();
+        tokio::time::advance(3 * SECOND).await;
+        let phase = Phase {
+            warm: 100 * SECOND,
+            cold: Duration::ZERO,
+        };
+        assert_eq!(patience.check(phase).unwrap(), 7 * SECOND);
+    }
 }
