@@ -298,6 +298,7 @@ fn tell_instances(deployed: &Deployed, view: &VersionView, deployment: &Deployme
             address,
             capacity: instance.capacity,
             draining: instance.state == InstanceState::Draining,
+            started: instance.spawned_at,
             cancel_timeout: deployment.cancel_timeout.0,
         });
         let key = instance.id.0.as_u128();
@@ -305,8 +306,10 @@ fn tell_instances(deployed: &Deployed, view: &VersionView, deployment: &Deployme
             InstanceState::Ready | InstanceState::Draining => {
                 let known = told.get(&instance.id);
                 if known.is_none_or(|known| **known != *backend) {
-                    if known.is_some_and(|known| known.address != backend.address) {
-                        // Restarted elsewhere: connections to the old place are of no use.
+                    if known.is_some_and(|known| {
+                        (known.address, known.started) != (backend.address, backend.started)
+                    }) {
+                        // Restarted: connections to the old process are of no use.
                         deployed.queue.remove_instance(key);
                     }
                     if backend.draining {

@@ -12,6 +12,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use hyper::{Request, Response, body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
 use metrics::Counter;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -34,6 +35,8 @@ pub struct Backend {
     pub address: SocketAddr,
     pub capacity: u32,
     pub draining: bool,
+    /// When its process started: another one at the same address is another one.
+    pub started: Option<Timestamp>,
     /// Longest time a cancelled request may keep its slot.
     pub cancel_timeout: Duration,
 }
