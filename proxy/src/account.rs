@@ -134,10 +134,20 @@ impl Account {
         }
     }
 
-    /// The instance's answer broke off.
-    pub fn broken(&mut self) {
+    /// Weir's own answer is ready, and so the request is over. Nobody asks for the body of an answer to HEAD.
+    pub fn own(mut self, bytes: u64) {
+        if let Some(open) = &mut self.open
+            && open.method != http::Method::HEAD
+        {
+            open.sent = bytes;
+        }
+        self.complete();
+    }
+
+    /// The instance's answer broke off, and why.
+    pub fn broken(&mut self, why: &'static str) {
         if let Some(open) = &mut self.open {
-            open.error = Some("instance-lost");
+            open.error = Some(why);
         }
         self.instance_done();
         self.complete();

@@ -8,7 +8,7 @@ use std::{
     ffi::OsString,
     fmt,
     net::SocketAddr,
-    num::NonZeroUsize,
+    num::{NonZeroU32, NonZeroUsize},
     ops::RangeInclusive,
     path::{Path, PathBuf},
     str::FromStr,
@@ -122,14 +122,74 @@ pub struct ServeArgs {
     #[arg(long, env = "WEIR_CORES", value_name = "N")]
     pub cores: Option<NonZeroUsize>,
 
-    /// Largest body of an invocation, in bytes (KiB, MiB and GiB are understood)
+    #[command(flatten)]
+    pub limits: LimitArgs,
+}
+
+/// What callers may use of the data plane. Bytes are a number, or one with KiB, MiB or GiB.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitArgs {
+    /// Largest head of a request, in bytes: 8KiB to 16MiB
+    #[arg(long, env = "WEIR_MAX_HEAD", value_name = "BYTES",
+          default_value = "64KiB", value_parser = |s: &str| bytes_within(s, 8 << 10, 16 << 20))]
+    pub max_head: u32,
+
+    /// Header fields of a request, a number
+    #[arg(long, env = "WEIR_MAX_FIELDS", value_name = "N", default_value = "100")]
+    pub max_fields: NonZeroUsize,
+
+    /// Longest path and query of a request, in bytes
+    #[arg(long, env = "WEIR_MAX_URI", value_name = "BYTES",
+          default_value = "16KiB", value_parser = bytes)]
+    pub max_uri: u64,
+
+    /// Largest body of an invocation, in bytes
     #[arg(long, env = "WEIR_MAX_BODY", value_name = "BYTES",
           default_value = "1GiB", value_parser = bytes)]
     pub max_body: u64,
 
+    /// Time for a request's head, an ISO 8601 duration: from the accept, or from the first byte of a later head
+    #[arg(long, env = "WEIR_HEAD_TIMEOUT", value_name = "DURATION",
+          default_value = "PT10S", value_parser = positive)]
+    pub head_timeout: IsoDuration,
+
+    /// How long a connection may idle between requests, an ISO 8601 duration
+    #[arg(long, env = "WEIR_IDLE_TIMEOUT", value_name = "DURATION",
+          default_value = "PT75S", value_parser = positive)]
+    pub idle_timeout: IsoDuration,
+
+    /// Time for a connection to an instance, an ISO 8601 duration
+    #[arg(long, env = "WEIR_CONNECT_TIMEOUT", value_name = "DURATION",
+          default_value = "PT1S", value_parser = positive)]
+    pub connect_timeout: IsoDuration,
+
+    /// Time for a request from its slot to its answer's last byte, an ISO 8601 duration
+    #[arg(long, env = "WEIR_REQUEST_TIMEOUT", value_name = "DURATION",
+          default_value = "PT1H", value_parser = positive)]
+    pub request_timeout: IsoDuration,
+
+    /// Streams open at a time on one HTTP/2 connection, a number
+    #[arg(long, env = "WEIR_H2_STREAMS", value_name = "N", default_value = "100")]
+    pub h2_streams: NonZeroU32,
+
+    /// What a caller may send ahead on one HTTP/2 stream, in bytes: 1KiB to 1GiB
+    #[arg(long, env = "WEIR_H2_WINDOW", value_name = "BYTES",
+          default_value = "64KiB", value_parser = |s: &str| bytes_within(s, 1 << 10, 1 << 30))]
+    pub h2_window: u32,
+
     /// Connections of callers at a time, a number [default: 80% of the limit of open files]
     #[arg(long, env = "WEIR_MAX_CONNECTIONS", value_name = "N")]
     pub max_connections: Option<NonZeroUsize>,
+
+    /// Functions that one account may have, a number
+    #[arg(
+        long,
+        env = "WEIR_MAX_FUNCTIONS",
+        value_name = "N",
+        default_value = "100000"
+    )]
+    pub max_functions: NonZeroUsize,
 }
 
 impl ServeArgs {
@@ -140,7 +200,9 @@ impl ServeArgs {
             .or_else(|| std::thread::available_parallelism().ok())
             .map_or(1, NonZeroUsize::get)
     }
+}
 
+impl LimitArgs {
     /// Callers' connections at a time. Reads the limit of open files: call it
     /// after that was raised.
     #[must_use]
@@ -238,6 +300,21 @@ fn bytes(s: &str) -> Result<u64, String> {
         .ok()
         .and_then(|n| n.checked_mul(unit))
         .ok_or_else(|| "must be a number of bytes, such as 1048576, 1MiB or 1GiB".into())
+}
+
+fn bytes_within(s: &str, least: u32, most: u32) -> Result<u32, String> {
+    u32::try_from(bytes(s)?)
+        .ok()
+        .filter(|n| (least..=most).contains(n))
+        .ok_or_else(|| format!("must be {least} to {most} bytes"))
+}
+
+fn positive(s: &str) -> Result<IsoDuration, String> {
+    match s.parse::<IsoDuration>() {
+        Ok(duration) if duration.0.is_zero() => Err("must be longer than nothing".into()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Reads the command line; ends the process where it is wrong.
@@ -435,8 +512,17 @@ mod tests {
         assert_eq!(args.grace, IsoDuration::secs(15));
         assert_eq!(args.auth, Auth::Keys);
         assert_eq!(args.access_log, AccessLog::Stdout);
-        assert_eq!(args.max_body, 1 << 30);
-        assert!(args.max_connections() > 0 && args.cores() > 0);
+        assert!(args.cores() > 0);
+        let limits = args.limits;
+        assert_eq!((limits.max_head, limits.max_fields.get()), (64 << 10, 100));
+        assert_eq!((limits.max_uri, limits.max_body), (16 << 10, 1 << 30));
+        assert_eq!(limits.head_timeout, IsoDuration::secs(10));
+        assert_eq!(limits.idle_timeout, IsoDuration::secs(75));
+        assert_eq!(limits.connect_timeout, IsoDuration::secs(1));
+        assert_eq!(limits.request_timeout, IsoDuration::secs(3600));
+        assert_eq!((limits.h2_streams.get(), limits.h2_window), (100, 64 << 10));
+        assert_eq!(limits.max_functions.get(), 100_000);
+        assert!(limits.max_connections() > 0);
     }
 
     #[test]
@@ -458,10 +544,10 @@ mod tests {
         .unwrap();
         assert_eq!(args.gpus.unwrap().to_string(), "H100:8,L4:2");
         assert_eq!(args.access_log, AccessLog::File("a.log".into()));
-        assert_eq!(args.max_body, 2 << 20);
+        assert_eq!(args.limits.max_body, 2 << 20);
         assert_eq!(args.instance_ports, 3000..=3001);
         assert_eq!(args.grace, IsoDuration::secs(60));
-        assert_eq!(args.max_connections.unwrap().get(), 7);
+        assert_eq!(args.limits.max_connections.unwrap().get(), 7);
     }
 
     #[test]
@@ -474,6 +560,11 @@ mod tests {
             ("--instance-ports", "0-20"),
             ("--grace", "15s"),
             ("--cores", "0"),
+            ("--max-head", "1KiB"),
+            ("--max-fields", "0"),
+            ("--head-timeout", "PT0S"),
+            ("--request-timeout", "1h"),
+            ("--h2-window", "2GiB"),
             ("--listen", "nowhere"),
         ] {
             let error = serve(&[flag, value]).unwrap_err();

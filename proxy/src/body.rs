@@ -4,7 +4,7 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -14,8 +14,10 @@ use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::task::AbortOnDropHandle;
 
-use crate::{account::Account, upstream::Exchange};
+use crate::{account::Account, headers, upstream::Exchange};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -226,42 +228,98 @@ impl Body for Outgoing {
 #[derive(Debug)]
 pub enum Answer {
     /// Weir's own words.
-    Own(Option<Bytes>, Account),
-    /// The instance's, as it comes. The exchange ends with its last byte, or is cancelled when this is dropped.
+    Own(Option<Bytes>),
+    /// The instance's, as it comes.
     Instance(Box<Streamed>),
 }
 
+/// An instance's answer. The exchange ends with its last byte, and is cancelled when this is dropped or the
+/// request's time is over, whether the caller reads or not.
 #[derive(Debug)]
 pub struct Streamed {
     body: Incoming,
-    exchange: Option<Exchange>,
-    account: Account,
+    stage: Arc<Mutex<Stage>>,
+    /// Absent where the answer had no body.
+    _limit: Option<AbortOnDropHandle<()>>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Running(Exchange, Account),
+    Over,
+    /// Broken off at the limit. By now the body may look whole.
+    OverTime,
 }
 
 impl Streamed {
     #[must_use]
-    pub fn new(body: Incoming, exchange: Exchange, account: Account) -> Self {
-        let mut streamed = Self {
+    pub fn new(body: Incoming, exchange: Exchange, account: Account, deadline: Instant) -> Self {
+        let mut stage = Stage::Running(exchange, account);
+        if body.is_end_stream() {
+            stage.finish();
+        }
+        let running = matches!(stage, Stage::Running(..));
+        let stage = Arc::new(Mutex::new(stage));
+        let limit = running.then(|| {
+            let stage = Arc::downgrade(&stage);
+            AbortOnDropHandle::new(tokio::spawn(async move {
+                sleep_until(deadline).await;
+                if let Some(stage) = stage.upgrade() {
+                    lock(&stage).break_off();
+                }
+            }))
+        });
+        Self {
             body,
-            exchange: Some(exchange),
-            account,
+            stage,
+            _limit: limit,
+        }
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        let mut stage = lock(&self.stage);
+        let account = match &mut *stage {
+            Stage::Running(_, account) => account,
+            Stage::Over => return Poll::Ready(None),
+            Stage::OverTime => return Poll::Ready(Some(Err("the request took too long".into()))),
         };
-        streamed.note_end();
-        streamed
-    }
-
-    fn note_end(&mut self) {
-        if self.body.is_end_stream() {
-            self.end();
+        let mut frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        match &mut frame {
+            Some(Ok(frame)) => {
+                account.sent(frame.data_ref().map_or(0, |data| data.len() as u64));
+                if let Some(trailers) = frame.trailers_mut() {
+                    headers::trailers(trailers);
+                }
+                if self.body.is_end_stream() {
+                    stage.finish();
+                }
+            }
+            Some(Err(_)) => account.broken("instance-lost"),
+            None => stage.finish(),
         }
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }
+}
 
-    fn end(&mut self) {
-        self.account.instance_done();
-        if let Some(exchange) = self.exchange.take() {
+impl Stage {
+    fn finish(&mut self) {
+        if let Self::Running(exchange, mut account) = std::mem::replace(self, Self::Over) {
+            account.instance_done();
             exchange.finish();
+            account.complete();
         }
     }
+
+    fn break_off(&mut self) {
+        if let Self::Running(exchange, mut account) = std::mem::replace(self, Self::OverTime) {
+            account.broken("instance-timeout");
+            drop(exchange);
+        }
+    }
+}
+
+fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
+    stage.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Body for Answer {
@@ -273,47 +331,21 @@ impl Body for Answer {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         match self.get_mut() {
-            Self::Own(bytes, account) => {
-                let bytes = bytes.take();
-                account.sent(bytes.as_ref().map_or(0, |b| b.len() as u64));
-                account.complete();
-                Poll::Ready(bytes.map(|bytes| Ok(Frame::data(bytes))))
-            }
-            Self::Instance(streamed) => {
-                let frame = ready!(Pin::new(&mut streamed.body).poll_frame(cx));
-                match &frame {
-                    Some(Ok(frame)) => {
-                        streamed
-                            .account
-                            .sent(frame.data_ref().map_or(0, |data| data.len() as u64));
-                        streamed.note_end();
-                        if streamed.exchange.is_none() {
-                            streamed.account.complete();
-                        }
-                    }
-                    Some(Err(_)) => streamed.account.broken(),
-                    None => {
-                        streamed.end();
-                        streamed.account.complete();
-                    }
-                }
-                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
-            }
+            Self::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Instance(streamed) => streamed.poll_frame(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Own(bytes, _) => bytes.is_none(),
+            Self::Own(bytes) => bytes.is_none(),
             Self::Instance(streamed) => streamed.body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Own(bytes, _) => {
-                SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64))
-            }
+            Self::Own(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
             Self::Instance(streamed) => streamed.body.size_hint(),
         }
     }

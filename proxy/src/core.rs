@@ -48,27 +48,29 @@ pub enum Stopping {
     Now,
 }
 
+/// What the operator allows; see the flags of `weir serve`.
 #[derive(Debug, Clone)]
 pub struct Settings {
+    /// Bytes of one head.
+    pub max_head: u32,
+    /// Fields of one head.
+    pub max_fields: usize,
+    /// Bytes of a path and query.
+    pub max_uri: u64,
     /// Bytes of one body.
     pub max_body: u64,
-    /// From accept to the end of the first head.
+    /// From accept, or from a later head's first byte, to the head's end.
     pub head_timeout: Duration,
     /// Between requests.
     pub idle_timeout: Duration,
-    /// Until the instance's head.
+    /// Of an instance.
+    pub connect_timeout: Duration,
+    /// From the slot to the answer's last byte; the wait before has limits of its own.
     pub request_timeout: Duration,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            max_body: 1 << 30,
-            head_timeout: Duration::from_secs(10),
-            idle_timeout: Duration::from_secs(75),
-            request_timeout: Duration::from_secs(3600),
-        }
-    }
+    /// Open at a time on one HTTP/2 connection.
+    pub h2_streams: u32,
+    /// Bytes that may be on their way on one HTTP/2 stream.
+    pub h2_window: u32,
 }
 
 /// Who sent a request, before anything is known of what it says.

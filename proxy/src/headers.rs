@@ -6,7 +6,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Part
 use uuid::Uuid;
 use weir_control::model::Version;
 
-use crate::refusal::{ERROR_HEADER, Refusal};
+use crate::{
+    core::Settings,
+    refusal::{ERROR_HEADER, Refusal},
+};
 
 pub static REQUEST_ID: HeaderName = HeaderName::from_static("nvcf-reqid");
 static STATUS: HeaderName = HeaderName::from_static("nvcf-status");
@@ -85,12 +88,20 @@ pub fn check(request: &Parts) -> Result<(), Refusal> {
             }
         }
     }
-    if request
-        .uri
-        .path_and_query()
-        .is_some_and(|path| path.as_str().len() > 16 << 10)
-    {
-        return bad("The path and query are longer than 16 KiB.");
+    Ok(())
+}
+
+/// Refuses heads that are larger than allowed. The whole head's size is hyper's to watch.
+pub fn within(request: &Parts, settings: &Settings) -> Result<(), Refusal> {
+    let bad = |why: String| Err(Refusal::BadRequest(why));
+    let path = request.uri.path_and_query();
+    let limit = settings.max_uri;
+    if path.is_some_and(|path| path.as_str().len() as u64 > limit) {
+        return bad(format!("The path and query are longer than {limit} bytes."));
+    }
+    let limit = settings.max_fields;
+    if request.headers.len() > limit {
+        return bad(format!("There are more than {limit} header fields."));
     }
     Ok(())
 }
@@ -171,6 +182,13 @@ pub fn forward(
 pub fn answer(headers: &mut HeaderMap) {
     drop_hop_by_hop(headers);
     headers.remove(&ERROR_HEADER);
+}
+
+/// Makes the instance's trailers into the caller's: what Weir says in a head, nobody else says in a trailer.
+pub fn trailers(trailers: &mut HeaderMap) {
+    for name in [&ERROR_HEADER, &REQUEST_ID, &STATUS] {
+        trailers.remove(name);
+    }
 }
 
 /// The two fields that every answer has; `identified` says whether the request named a function.

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::{HeaderMap, Request, Response, Uri, request::Parts, uri::PathAndQuery};
 use hyper::body::{Body, Incoming};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 use weir_control::controller::Signal;
 use weir_control::model::{AccountId, Deployment, FunctionState, Key, RoutingPolicy};
 use weir_queue::{Ask, Entered, Phase, Preference, Refused, Waiting};
@@ -83,12 +83,20 @@ pub async fn invoke(
     let mut request = Request::from_parts(head, outgoing);
     core.budget.deposit();
 
+    let deadline = Instant::now() + core.settings.request_timeout;
     let mut attempt = 1;
     let (response, exchange) = loop {
         account.dispatched(waited.take());
         let instance = slot.target().instance;
-        let sending = upstream::send(slot, request, &deployed.metrics.cancel_timeouts);
-        match timeout(core.settings.request_timeout, sending).await {
+        let (connect, cancels) = (
+            core.settings.connect_timeout,
+            &deployed.metrics.cancel_timeouts,
+        );
+        match timeout_at(deadline, upstream::send(slot, request, connect, cancels)).await {
+            // A protocol that nobody asked for: what follows is no answer.
+            Ok(Ok((response, _))) if response.status().is_informational() => {
+                return Err(Refusal::InstanceLost);
+            }
             Ok(Ok(answered)) => break answered,
             Err(_) => return Err(Refusal::InstanceTimeout),
             Ok(Err(Failure::Lost)) if progress.too_large() => {
@@ -114,7 +122,7 @@ pub async fn invoke(
     let (mut head, body) = response.into_parts();
     headers::answer(&mut head.headers);
     account.answered(head.status, None);
-    let streamed = Streamed::new(body, exchange, account.take());
+    let streamed = Streamed::new(body, exchange, account.take(), deadline);
     Ok(Response::from_parts(
         head,
         Answer::Instance(Box::new(streamed)),

@@ -3,13 +3,14 @@
 //! A request's way, module by module: [`server`] accepts it, [`target`] says
 //! which function it is for, [`invoke`] is its whole life, [`table`] has what
 //! is known of the function, [`upstream`] brings it to an instance, [`body`]
-//! streams, [`account`] writes down how it ended. [`refusal`] is every answer
+//! streams, [`account`] writes down how it ended, [`activity`] times connections. [`refusal`] is every answer
 //! of Weir's own.
 //!
 //! [`args`] is what the command line says, [`serve`] joins the parts into a
 //! running process, [`cli`] is every other command.
 
 pub mod account;
+pub mod activity;
 pub mod args;
 pub mod body;
 pub mod cli;

@@ -43,8 +43,6 @@ use crate::{
     table::Table,
 };
 
-/// Functions that an account may have.
-const MAX_FUNCTIONS: usize = 100_000;
 const NODE: &str = "local";
 
 /// Runs until SIGTERM or SIGINT, and then as long as the grace allows.
@@ -143,7 +141,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         }),
         admin: admin_key.key.clone(),
         open: args.auth == Auth::None,
-        max_functions: MAX_FUNCTIONS,
+        max_functions: args.limits.max_functions.get(),
     });
     let health = Health {
         metrics,
@@ -165,9 +163,18 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             )?
         }
     };
+    let allowed = &args.limits;
     let settings = Arc::new(Settings {
-        max_body: args.max_body,
-        ..Settings::default()
+        max_head: allowed.max_head,
+        max_fields: allowed.max_fields.get(),
+        max_uri: allowed.max_uri,
+        max_body: allowed.max_body,
+        head_timeout: allowed.head_timeout.0,
+        idle_timeout: allowed.idle_timeout.0,
+        connect_timeout: allowed.connect_timeout.0,
+        request_timeout: allowed.request_timeout.0,
+        h2_streams: allowed.h2_streams.get(),
+        h2_window: allowed.h2_window,
     });
     let connections = Arc::new(AtomicUsize::new(0));
     let mut desks = Vec::new();
@@ -207,7 +214,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let accepting = tokio::spawn(server::accept(
         data,
         desks,
-        args.max_connections(),
+        allowed.max_connections(),
         connections,
         stopping.clone(),
     ));

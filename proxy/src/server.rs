@@ -7,12 +7,13 @@
 //! connections that idle.
 
 use std::{
+    future::poll_fn,
     net::{SocketAddr, TcpListener},
     panic::AssertUnwindSafe,
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -24,12 +25,13 @@ use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep, timeout},
 };
 use uuid::Uuid;
 
 use crate::{
     account::Account,
+    activity::{Activity, Phase, Watch},
     body::Answer,
     core::{Caller, Core, Stopping},
     headers,
@@ -39,10 +41,8 @@ use crate::{
     target::Target,
 };
 
-/// How many heads and bodies hyper may buffer for one connection, in bytes; also the longest head.
+/// How many heads and bodies hyper may buffer for one connection, in bytes, unless a head may be longer.
 const BUFFER: usize = 64 << 10;
-const H2_STREAMS: u32 = 100;
-const H2_WINDOW: u32 = 64 << 10;
 
 /// A core's ear: connections come through it.
 pub struct Desk {
@@ -142,34 +142,25 @@ impl Drop for Counted {
     }
 }
 
-/// What a connection is doing, for its time limits.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-enum Phase {
-    /// No request has come on it.
-    New,
-    /// At least one request is open.
-    Busy,
-    /// Between requests.
-    Idle,
-}
-
 async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: SocketAddr) {
     let Ok(stream) = tokio::net::TcpStream::from_std(stream) else {
         return;
     };
     _ = stream.set_nodelay(true);
     let (socket, hang_up) = socket::share(stream);
-    let phase = Arc::new(AtomicU8::new(Phase::New as u8));
-    let turns = Arc::new(AtomicUsize::new(0));
+    let accepted = Instant::now();
     let http2 = match first_bytes(&hang_up, &core).await {
         Some(http2) => http2,
         None => return,
     };
+    let activity = Arc::new(Activity::default());
+    let settings = &core.settings;
+    let (head, idle) = (settings.head_timeout, settings.idle_timeout);
+    let mut watch = Watch::new(activity.clone(), accepted, head, idle);
     let service = {
-        let (core, phase, turns) = (core.clone(), phase.clone(), turns.clone());
+        let (core, activity) = (core.clone(), activity.clone());
         service_fn(move |request| {
-            let counted = OpenRequest::new(&core, &phase, &turns);
+            let counted = OpenRequest::new(&core, &activity);
             let core = core.clone();
             async move { Ok::<_, std::convert::Infallible>(answer(&core, peer, request, counted).await) }
         })
@@ -179,31 +170,42 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
         let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
         builder
             .timer(TokioTimer::new())
-            .max_concurrent_streams(H2_STREAMS)
-            .initial_stream_window_size(H2_WINDOW)
-            .initial_connection_window_size(1 << 20)
-            .max_header_list_size(BUFFER as u32)
+            .max_concurrent_streams(settings.h2_streams)
+            .initial_stream_window_size(settings.h2_window)
+            .initial_connection_window_size(settings.h2_window.max(1 << 20))
+            .max_header_list_size(settings.max_head)
             .max_send_buf_size(BUFFER)
-            .keep_alive_interval(Some(core.settings.idle_timeout))
-            .keep_alive_timeout(core.settings.head_timeout);
+            .keep_alive_interval(Some(idle))
+            .keep_alive_timeout(head);
         let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
         tokio::select! {
             _ = &mut connection => return,
-            () = reached(&mut stopping, Stopping::Draining) => connection.as_mut().graceful_shutdown(),
+            () = reached(&mut stopping, Stopping::Draining) => {
+                connection.as_mut().graceful_shutdown();
+                _ = connection.await;
+            }
+            // Its answer to a keep-alive PING does not make an unused connection a used one.
+            () = poll_fn(|cx| watch.poll(cx)) => {
+                if activity.phase() != Phase::New {
+                    connection.as_mut().graceful_shutdown();
+                    _ = timeout(head, connection).await;
+                }
+            }
         }
-        _ = connection.await;
         return;
     }
     let mut builder = hyper::server::conn::http1::Builder::new();
+    let max_head = settings.max_head as usize;
     builder
-        .max_buf_size(BUFFER)
+        .max_buf_size(max_head.max(BUFFER))
+        .max_header_size(max_head)
+        .max_headers(settings.max_fields)
         .header_read_timeout(None)
         .keep_alive(true)
         .pipeline_flush(false);
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
+    let socket = TokioIo::new(socket.telling(activity.clone()));
+    let mut connection = pin!(builder.serve_connection(socket, service));
     let mut told = false;
-    let mut seen = (0, Phase::New);
-    let mut deadline = pin!(sleep_until(Instant::now() + core.settings.head_timeout));
     loop {
         tokio::select! {
             biased;
@@ -211,8 +213,8 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
             // A FIN before the answer's end means that the caller left, as in nginx: dropping the connection drops
             // its request, and with that its place, its slot and its exchange.
             () = hang_up.seen() => {
-                if phase.load(Ordering::Relaxed) != Phase::Busy as u8 {
-                    _ = connection.await;
+                if activity.phase() != Phase::Busy {
+                    _ = timeout(head, connection).await;
                 }
                 return;
             }
@@ -220,20 +222,7 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
                 told = true;
                 connection.as_mut().graceful_shutdown();
             }
-            () = &mut deadline => {
-                let now = match phase.load(Ordering::Relaxed) {
-                    n if n == Phase::New as u8 => Phase::New,
-                    n if n == Phase::Idle as u8 => Phase::Idle,
-                    _ => Phase::Busy,
-                };
-                let turn = turns.load(Ordering::Relaxed);
-                if now != Phase::Busy && (turn, now) == seen {
-                    return;
-                }
-                seen = (turn, now);
-                let wait = if now == Phase::New { core.settings.head_timeout } else { core.settings.idle_timeout };
-                deadline.as_mut().reset(Instant::now() + wait);
-            }
+            () = poll_fn(|cx| watch.poll(cx)) => return,
         }
     }
 }
@@ -249,17 +238,16 @@ async fn first_bytes(hang_up: &socket::HangUp, core: &Core) -> Option<bool> {
 /// A request that is open on a connection and on its core, until its answer's last byte.
 pub struct OpenRequest {
     core: Arc<AtomicUsize>,
-    phase: Arc<AtomicU8>,
+    activity: Arc<Activity>,
 }
 
 impl OpenRequest {
-    fn new(core: &Core, phase: &Arc<AtomicU8>, turns: &AtomicUsize) -> Self {
+    fn new(core: &Core, activity: &Arc<Activity>) -> Self {
         core.open.fetch_add(1, Ordering::Relaxed);
-        turns.fetch_add(1, Ordering::Relaxed);
-        phase.store(Phase::Busy as u8, Ordering::Relaxed);
+        activity.begin();
         Self {
             core: core.open.clone(),
-            phase: phase.clone(),
+            activity: activity.clone(),
         }
     }
 }
@@ -267,7 +255,7 @@ impl OpenRequest {
 impl Drop for OpenRequest {
     fn drop(&mut self) {
         self.core.fetch_sub(1, Ordering::Relaxed);
-        self.phase.store(Phase::Idle as u8, Ordering::Relaxed);
+        self.activity.end();
     }
 }
 
@@ -291,7 +279,10 @@ async fn answer(
         Instant::now(),
     );
     let (head, body) = request.into_parts();
-    let target = match headers::check(&head).and_then(|()| Target::of(&head)) {
+    let target = match headers::check(&head)
+        .and_then(|()| headers::within(&head, &core.settings))
+        .and_then(|()| Target::of(&head))
+    {
         Ok(Some(target)) => target,
         Ok(None) => return own(unidentified(core, head.uri.path()), caller, false, account),
         Err(refusal) => return own(Err(refusal), caller, false, account),
@@ -328,13 +319,14 @@ fn own(
     };
     let status = response.status();
     account.answered(status, error);
+    account.own(response.body().len() as u64);
     headers::mark(
         response.headers_mut(),
         caller.request_id,
         status,
         identified,
     );
-    response.map(|body| Answer::Own(Some(body), account))
+    response.map(|body| Answer::Own(Some(body)))
 }
 
 /// What names no function: Weir's own health, or nothing.

@@ -20,9 +20,15 @@ use tokio::{
     net::TcpStream,
 };
 
+use crate::activity::Activity;
+
 /// hyper's half.
 #[derive(Debug)]
-pub struct CallerSocket(Arc<TcpStream>);
+pub struct CallerSocket {
+    stream: Arc<TcpStream>,
+    /// Told of bytes that come, where heads are timed.
+    activity: Option<Arc<Activity>>,
+}
 
 /// The watch's half.
 #[derive(Debug)]
@@ -31,7 +37,11 @@ pub struct HangUp(Arc<TcpStream>);
 #[must_use]
 pub fn share(stream: TcpStream) -> (CallerSocket, HangUp) {
     let stream = Arc::new(stream);
-    (CallerSocket(stream.clone()), HangUp(stream))
+    let socket = CallerSocket {
+        stream: stream.clone(),
+        activity: None,
+    };
+    (socket, HangUp(stream))
 }
 
 impl HangUp {
@@ -79,14 +89,14 @@ impl AsyncRead for CallerSocket {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         loop {
-            ready!(self.0.poll_read_ready(cx))?;
+            ready!(self.stream.poll_read_ready(cx))?;
             let room = buf.initialize_unfilled();
             let wanted = room.len();
             let mut got = None;
             // A read that did not fill the buffer has emptied the socket: saying so here (as tokio's own
             // reader does) saves the read that would only find nothing.
-            let outcome = self.0.try_io(Interest::READABLE, || {
-                let n = rustix::io::read(&*self.0, &mut *room)?;
+            let outcome = self.stream.try_io(Interest::READABLE, || {
+                let n = rustix::io::read(&*self.stream, &mut *room)?;
                 got = Some(n);
                 if 0 < n && n < wanted {
                     Err(io::ErrorKind::WouldBlock.into())
@@ -97,6 +107,9 @@ impl AsyncRead for CallerSocket {
             match (got, outcome) {
                 (Some(n), _) => {
                     buf.advance(n);
+                    if let Some(activity) = &self.activity {
+                        activity.bytes_came();
+                    }
                     return Poll::Ready(Ok(()));
                 }
                 (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -107,14 +120,23 @@ impl AsyncRead for CallerSocket {
 }
 
 impl CallerSocket {
+    /// Tells of bytes from now on.
+    #[must_use]
+    pub fn telling(self, activity: Arc<Activity>) -> Self {
+        Self {
+            activity: Some(activity),
+            ..self
+        }
+    }
+
     fn poll_io(
         &self,
         cx: &mut Context<'_>,
         mut write: impl FnMut(&TcpStream) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
         loop {
-            ready!(self.0.poll_write_ready(cx))?;
-            match write(&self.0) {
+            ready!(self.stream.poll_write_ready(cx))?;
+            match write(&self.stream) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 outcome => return Poll::Ready(outcome),
             }
@@ -144,7 +166,7 @@ impl AsyncWrite for CallerSocket {
         Poll::Ready(Ok(()))
     }
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match rustix::net::shutdown(&*self.0, rustix::net::Shutdown::Write) {
+        match rustix::net::shutdown(&*self.stream, rustix::net::Shutdown::Write) {
             Ok(()) | Err(rustix::io::Errno::NOTCONN) => Poll::Ready(Ok(())),
             Err(error) => Poll::Ready(Err(error.into())),
         }

@@ -25,9 +25,6 @@ use weir_queue::Slot;
 
 use crate::body::{Outgoing, Progress};
 
-/// From a connect's start to its end.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-
 /// Where an instance is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backend {
@@ -82,6 +79,7 @@ pub struct Exchange {
 pub async fn send(
     mut slot: InstanceSlot,
     mut request: Request<Outgoing>,
+    connect_timeout: Duration,
     cancel_timeouts: &Counter,
 ) -> Result<(Response<Incoming>, Exchange), Failure> {
     loop {
@@ -90,7 +88,7 @@ pub async fn send(
                 Ok(()) => (connection, true),
                 Err(_) => continue,
             },
-            None => match connect(slot.target().address).await {
+            None => match connect(slot.target().address, connect_timeout).await {
                 Ok(connection) => (connection, false),
                 Err(()) => return Err(Failure::NotSent(Box::new(request), Some(slot))),
             },
@@ -122,8 +120,8 @@ pub async fn send(
     }
 }
 
-async fn connect(address: SocketAddr) -> Result<Connection, ()> {
-    let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
+async fn connect(address: SocketAddr, limit: Duration) -> Result<Connection, ()> {
+    let stream = timeout(limit, TcpStream::connect(address))
         .await
         .map_err(drop)?
         .map_err(drop)?;

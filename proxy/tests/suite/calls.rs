@@ -10,10 +10,7 @@ use reqwest::Method;
 use serde_json::json;
 use tokio::net::TcpStream;
 
-use crate::{
-    instance,
-    support::{SOON, Server, WEIR, answered, eventually, header, refused, text},
-};
+use crate::support::{SOON, Server, WEIR, answered, eventually, header, refused, text};
 
 const ABSENT: &str = "00000000-0000-4000-8000-000000000001";
 
@@ -99,11 +96,7 @@ async fn a_function_is_found_by_header_host_and_path() {
 async fn the_credential_stays_with_weir() {
     let server = Server::start();
     let books = tempfile::tempdir().unwrap();
-    let (name, value) = instance::env(books.path());
-    let command = instance::command();
-    let command = command.each_ref().map(String::as_str);
-    let function = server.function(&command, &[(name, &value)]).await;
-    server.deploy(&function, (1, 1, 1), json!({})).await;
+    let function = server.books(books.path(), 1).await;
     let call = server
         .call(Method::GET, &function, "/head")
         .header("x-mine", "kept");
@@ -192,11 +185,7 @@ async fn what_may_not_be_called_is_refused_and_why() {
 async fn an_event_arrives_before_the_next_is_made() {
     let server = Server::start();
     let books = tempfile::tempdir().unwrap();
-    let (name, value) = instance::env(books.path());
-    let command = instance::command();
-    let command = command.each_ref().map(String::as_str);
-    let function = server.function(&command, &[(name, &value)]).await;
-    server.deploy(&function, (1, 1, 1), json!({})).await;
+    let function = server.books(books.path(), 1).await;
 
     let gate = server.directory().join("gate");
     let path = format!("/stream?gate={}", gate.display());

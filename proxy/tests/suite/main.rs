@@ -9,6 +9,7 @@ mod calls;
 mod crashes;
 mod instance;
 mod leaving;
+mod limits;
 mod storm;
 mod support;
 mod waiting;

@@ -17,9 +17,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
+
+use crate::instance;
 
 pub(crate) const WEIR: &str = env!("CARGO_BIN_EXE_weir");
 /// For what should take milliseconds, on a machine that has other things to do.
@@ -169,6 +171,48 @@ impl Server {
         Function::of(&self.post(&path, &definition(command, &[])).await)
     }
 
+    /// A function whose instance is the test's own one, deployed with this capacity.
+    pub(crate) async fn books(&self, directory: &Path, capacity: u32) -> Function {
+        let (name, value) = instance::env(directory);
+        let command = instance::command();
+        let command = command.each_ref().map(String::as_str);
+        let function = self.function(&command, &[(name, &value)]).await;
+        self.deploy(&function, (1, 1, capacity), json!({})).await;
+        function
+    }
+
+    /// A function whose instance is a server that answers like this, whatever it is asked; closing after each.
+    pub(crate) async fn says(&self, answer: impl Into<Vec<u8>>) -> Function {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let answer: Arc<[u8]> = answer.into().into();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let answer = answer.clone();
+                tokio::spawn(async move {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        head.push(stream.read_u8().await?);
+                    }
+                    if head.starts_with(b"GET /health ") {
+                        let well =
+                            b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+                        return stream.write_all(well).await;
+                    }
+                    stream.write_all(&answer).await?;
+                    stream.shutdown().await
+                });
+            }
+        });
+        let mut asked = definition(&[], &[]);
+        asked["process"].take();
+        asked["endpoints"] = json!([format!("http://{address}")]);
+        let function = Function::of(&self.post("/v2/nvcf/functions", &asked).await);
+        self.deploy(&function, (1, 1, 1), json!({})).await;
+        function
+    }
+
     /// Deploys with (minInstances, maxInstances, maxRequestConcurrency) and other settings.
     pub(crate) async fn deploy(&self, function: &Function, scale: (u32, u32, u32), extra: Value) {
         let mut body = json!({"deploymentSpecifications": [{
@@ -256,6 +300,23 @@ impl Server {
             .expect("a gauge of busy slots")
     }
 
+    /// `weir_invocations_total` of a version, by code.
+    pub(crate) async fn codes(&self, function: &Function) -> Vec<(String, u64)> {
+        let page = self.http.get(format!("http://{}/metrics", self.admin));
+        let page = page.send().await.unwrap().text().await.unwrap();
+        page.lines()
+            .filter(|line| {
+                line.starts_with("weir_invocations_total{") && line.contains(&function.version)
+            })
+            .map(|line| {
+                let code = line.split_once("code=\"").expect("a code").1;
+                let (code, rest) = code.split_once('"').expect("its end");
+                let count = rest.rsplit_once(' ').expect("a count").1;
+                (code.to_owned(), count.parse().unwrap())
+            })
+            .collect()
+    }
+
     pub(crate) async fn until_busy(&self, function: &Function, slots: u32) {
         eventually(&format!("{slots} slots are busy"), SOON, async || {
             (self.busy(function).await == f64::from(slots)).then_some(())
@@ -331,7 +392,8 @@ fn launch(
     let last_port = first_port + Ports::EACH - 1;
     let mut child = command
         .args(["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
-        .args(["--access-log", "off", "--instance-user", &user()])
+        .args(["--instance-user", &user()])
+        .env("WEIR_ACCESS_LOG", "off")
         .arg("--instance-ports")
         .arg(format!("{first_port}-{last_port}"))
         .arg("--data-dir")
