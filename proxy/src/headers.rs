@@ -30,14 +30,32 @@ static HOP_BY_HOP: LazyLock<[HeaderName; 9]> = LazyLock::new(|| {
     ]
 });
 
-/// Fields that Weir sets and a caller may not.
-const NVCF: [&str; 5] = [
+/// Fields by which an instance knows who calls it: Weir alone sets them.
+const TRUSTED: [&str; 9] = [
+    "nvcf-reqid",
     "nvcf-sub",
     "nvcf-ncaid",
     "nvcf-function-name",
     "nvcf-function-id",
     "nvcf-function-version-id",
+    "forwarded",
+    "x-real-ip",
+    "x-weir-error",
 ];
+
+/// Servers that hand fields on as variables (CGI, WSGI) take `_` and `-` for the same.
+fn trusted(name: &HeaderName) -> bool {
+    let same = |name: &[u8], other: &str| {
+        let dashed = name.iter().map(|&b| if b == b'_' { b'-' } else { b });
+        dashed.eq(other.bytes())
+    };
+    let name = name.as_str().as_bytes();
+    let forwarded = "x-forwarded-";
+    TRUSTED.iter().any(|other| same(name, other))
+        || name
+            .get(..forwarded.len())
+            .is_some_and(|start| same(start, forwarded))
+}
 
 fn drop_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
@@ -62,6 +80,12 @@ fn drop_hop_by_hop(headers: &mut HeaderMap) {
 /// Refuses heads whose framing or host could be read in two ways.
 pub fn check(request: &Parts) -> Result<(), Refusal> {
     let bad = |why: &str| Err(Refusal::BadRequest(why.into()));
+    if request.method == http::Method::CONNECT {
+        return bad("CONNECT asks for a tunnel, and Weir makes none.");
+    }
+    if request.uri.path() == "*" && request.method != http::Method::OPTIONS {
+        return bad("The target '*' is for OPTIONS alone.");
+    }
     if request.version < http::Version::HTTP_2 {
         let mut hosts = request.headers.get_all(header::HOST).iter();
         match (hosts.next(), hosts.next()) {
@@ -115,18 +139,26 @@ pub fn forward(
     subject: &str,
     account: &str,
 ) {
-    let host = request.headers.get(header::HOST).cloned().or_else(|| {
-        request
-            .uri
-            .authority()
-            .and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
-    });
+    // What the target itself names comes before the Host field (RFC 9112, 3.2.2).
+    let host = request
+        .uri
+        .authority()
+        .and_then(|authority| {
+            let name = authority.as_str().rsplit('@').next()?;
+            HeaderValue::from_str(name).ok()
+        })
+        .or_else(|| request.headers.get(header::HOST).cloned());
     let headers = &mut request.headers;
     drop_hop_by_hop(headers);
     // A credential is for Weir alone.
     headers.remove(header::AUTHORIZATION);
     headers.remove(header::EXPECT);
-    for name in NVCF {
+    let spoofed: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| trusted(name))
+        .cloned()
+        .collect();
+    for name in spoofed {
         headers.remove(name);
     }
     let mut set = |name: &'static str, value: &str| {
@@ -161,10 +193,14 @@ pub fn forward(
     );
     set("x-forwarded-for", &peer.to_string());
     set("x-forwarded-proto", "http");
-    if let Some(host) = host {
+    if let Some(host) = &host {
         headers.insert(HeaderName::from_static("x-forwarded-host"), host.clone());
-        headers.insert(header::HOST, host);
     }
+    // HTTP/1.1 has one, if an empty one.
+    headers.insert(
+        header::HOST,
+        host.unwrap_or_else(|| HeaderValue::from_static("")),
+    );
     if !headers.contains_key(&TRACE_PARENT) {
         let span = format!(
             "00-{}-{:016x}-00",
@@ -180,6 +216,10 @@ pub fn forward(
 
 /// Makes the instance's head into the caller's.
 pub fn answer(headers: &mut HeaderMap) {
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        // The coding says where the body ends.
+        headers.remove(header::CONTENT_LENGTH);
+    }
     drop_hop_by_hop(headers);
     headers.remove(&ERROR_HEADER);
 }
@@ -227,6 +267,21 @@ mod tests {
         drop_hop_by_hop(&mut headers);
         assert_eq!(headers.len(), 1);
         assert_eq!(headers["content-length"], "3");
+    }
+
+    #[test]
+    fn what_weir_tells_an_instance_no_caller_can_tell() {
+        for spoofed in [
+            "nvcf-sub",
+            "nvcf_sub",
+            "x-forwarded-user",
+            "x_forwarded_for",
+        ] {
+            assert!(trusted(&HeaderName::from_static(spoofed)), "{spoofed}");
+        }
+        for plain in ["x-mine", "nvcf-poll-seconds", "x-forwarded"] {
+            assert!(!trusted(&HeaderName::from_static(plain)), "{plain}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod crashes;
 mod instance;
 mod leaving;
 mod limits;
+mod passing;
 mod storm;
 mod support;
 mod waiting;
