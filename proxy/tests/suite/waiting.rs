@@ -4,7 +4,7 @@ use reqwest::Method;
 use serde_json::json;
 use tokio::time::Instant;
 
-use crate::support::{SOON, Server, WEIR, header, refused};
+use crate::support::{Function, SOON, Server, WEIR, header, refused};
 
 #[tokio::test]
 async fn a_full_queue_refuses_and_says_when_to_come_again() {
@@ -28,22 +28,27 @@ async fn a_full_queue_refuses_and_says_when_to_come_again() {
     assert_eq!(server.queue_depth(&function).await, 2);
 }
 
+/// An invocation waits in vain, for this long.
+async fn waits_in_vain(server: &Server, function: &Function, code: &str, millis: u128) {
+    let start = Instant::now();
+    let response = server
+        .call(Method::GET, function, "/infer")
+        .send()
+        .await
+        .unwrap();
+    refused(&response, 504, code);
+    let waited = start.elapsed();
+    assert!(waited.as_millis() >= millis && waited < SOON, "{waited:?}");
+    assert_eq!(server.queue_depth(function).await, 0);
+}
+
 #[tokio::test]
 async fn a_wait_for_a_busy_instance_ends_at_the_busy_timeout() {
     let server = Server::start();
     let queue = json!({"queue": {"busyTimeout": "PT0.4S"}});
     let function = server.sample((1, 1, 1), queue).await;
     let _running = server.occupy(&function).await;
-    let start = Instant::now();
-    let response = server
-        .call(Method::GET, &function, "/infer")
-        .send()
-        .await
-        .unwrap();
-    refused(&response, 504, "busy-timeout");
-    let waited = start.elapsed();
-    assert!(waited.as_millis() >= 400 && waited < SOON, "{waited:?}");
-    assert_eq!(server.queue_depth(&function).await, 0);
+    waits_in_vain(&server, &function, "busy-timeout", 400).await;
 }
 
 #[tokio::test]
@@ -53,14 +58,5 @@ async fn a_wait_for_a_start_ends_at_the_cold_timeout() {
     let function = server.function(&never, &[]).await;
     let queue = json!({"queue": {"coldTimeout": "PT0.6S"}});
     server.deploy(&function, (0, 1, 1), queue).await;
-    let start = Instant::now();
-    let response = server
-        .call(Method::GET, &function, "/infer")
-        .send()
-        .await
-        .unwrap();
-    refused(&response, 504, "start-timeout");
-    let waited = start.elapsed();
-    assert!(waited.as_millis() >= 600 && waited < SOON, "{waited:?}");
-    assert_eq!(server.queue_depth(&function).await, 0);
+    waits_in_vain(&server, &function, "start-timeout", 600).await;
 }
