@@ -21,8 +21,8 @@ use weir_control::{
     controller::Signal,
     directory::{Directory, VersionView},
     model::{
-        AccountId, Deployment, DeploymentId, FunctionId, FunctionState, InstanceId, InstanceState,
-        Version, VersionId,
+        AccountId, Deployment, DeploymentId, FunctionId, FunctionState, Instance, InstanceId,
+        InstanceState, Version, VersionId,
     },
 };
 use weir_queue::{Limits, Queue};
@@ -246,7 +246,7 @@ impl Table {
                 deployed
             });
             deployed.queue.set_limits(limits);
-            tell_instances(&deployed, view, deployment);
+            tell_instances(&deployed, &view.instances, deployment.cancel_timeout.0);
             deployed
         });
         let mut starts: Vec<Duration> = view
@@ -286,10 +286,10 @@ impl Table {
 }
 
 /// Tells the queue what changed about the instances since it was last told.
-fn tell_instances(deployed: &Deployed, view: &VersionView, deployment: &Deployment) {
+fn tell_instances(deployed: &Deployed, instances: &[Instance], cancel_timeout: Duration) {
     let mut told = deployed.told.lock().unwrap_or_else(PoisonError::into_inner);
     let mut dialled: HashMap<InstanceId, Arc<Backend>> = HashMap::new();
-    for instance in &view.instances {
+    for instance in instances {
         let Some(address) = instance.address else {
             continue;
         };
@@ -299,7 +299,7 @@ fn tell_instances(deployed: &Deployed, view: &VersionView, deployment: &Deployme
             capacity: instance.capacity,
             draining: instance.state == InstanceState::Draining,
             started: instance.spawned_at,
-            cancel_timeout: deployment.cancel_timeout.0,
+            cancel_timeout,
         });
         let key = instance.id.0.as_u128();
         match instance.state {
@@ -331,4 +331,60 @@ fn tell_instances(deployed: &Deployed, view: &VersionView, deployment: &Deployme
         deployed.queue.remove_instance(gone.0.as_u128());
     }
     *told = dialled;
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::{SignedDuration, Timestamp};
+    use weir_control::model::GpuSpecificationId;
+
+    use super::*;
+
+    #[test]
+    fn a_restart_ends_the_time_that_an_instance_is_set_aside() {
+        let metrics = Metrics::new().unwrap();
+        let id = Uuid::new_v4();
+        let (function, version) = (FunctionId(id), VersionId(id));
+        let limits = Limits {
+            max_requests: 1,
+            max_bytes: 1,
+        };
+        let deployed = Deployed {
+            function,
+            version,
+            deployment: DeploymentId(id),
+            queue: Queue::new(limits, clock::now),
+            metrics: metrics.version(function, version, metrics.function(function)),
+            service_time: AtomicU64::new(0),
+            told: Mutex::default(),
+        };
+        let mut instance = Instance {
+            id: InstanceId(id),
+            function_id: function,
+            function_version_id: version,
+            deployment_id: DeploymentId(id),
+            gpu_specification_id: GpuSpecificationId(id),
+            node: "local".into(),
+            state: InstanceState::Ready,
+            address: Some(([127, 0, 0, 1], 1).into()),
+            capacity: 1,
+            pid: None,
+            created_at: Timestamp::now(),
+            spawned_at: Some(Timestamp::now()),
+            first_healthy_at: None,
+            restarts: 0,
+            error: None,
+            gpus: Vec::new(),
+        };
+        let tell = |instance: &Instance| {
+            tell_instances(&deployed, std::slice::from_ref(instance), Duration::ZERO);
+            deployed.queue.load().ready_instances
+        };
+        assert_eq!(tell(&instance), 1);
+        deployed.queue.eject(id.as_u128());
+        assert_eq!(tell(&instance), 0);
+        // The same ID and address, and another process.
+        instance.spawned_at = Some(Timestamp::now() + SignedDuration::from_secs(1));
+        assert_eq!(tell(&instance), 1);
+    }
 }

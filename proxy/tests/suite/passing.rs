@@ -154,6 +154,11 @@ async fn strange_answers_are_passed_on_clean() {
                     "{what}"
                 );
             }
+            let length = crate::support::header(&response, "content-length");
+            assert!(
+                length.is_none_or(|length| length == body.len().to_string()),
+                "{what}"
+            );
             assert_eq!(response.text().await.unwrap(), body, "{what}");
         }
         server.until_busy(&function, 0).await;
