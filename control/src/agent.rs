@@ -41,6 +41,12 @@ use crate::{
     model::{Deployment, GpuSpecificationId, Instance, InstanceId, Launch, Version},
 };
 
+/// Whether Weir alone sets this variable of an instance's environment.
+#[must_use]
+pub fn reserved(variable: &str) -> bool {
+    variable == "PORT" || variable.starts_with("WEIR_")
+}
+
 /// What an agent needs to know about its node.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {

@@ -3,8 +3,9 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -28,7 +29,9 @@ pub(super) struct Logs {
 impl Logs {
     pub(super) fn open(data_dir: &Path) -> io::Result<Self> {
         let dir = data_dir.join("logs");
-        fs::create_dir_all(&dir)?;
+        // What instances print is their account's: not for others on the machine, instances among them.
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
         Ok(Self { dir })
     }
 
@@ -136,6 +139,7 @@ impl Writer {
                 let file = OpenOptions::new()
                     .create(true)
                     .append(true)
+                    .mode(0o600)
                     .open(&self.newer)?;
                 let written = file.metadata()?.len();
                 (file, written)
@@ -186,6 +190,19 @@ mod tests {
         assert_eq!(logs.read(id, 2).unwrap(), "line 998\nline 999\n");
         assert!(logs.read(id, usize::MAX).unwrap().len() <= 2100);
         assert_eq!(writer.last().get().unwrap(), "line 999");
+    }
+
+    #[test]
+    fn logs_are_nobody_elses_to_read() {
+        let dir = tempfile::tempdir().unwrap();
+        // One that an earlier version made.
+        fs::create_dir(dir.path().join("logs")).unwrap();
+        let logs = Logs::open(dir.path()).unwrap();
+        let id = InstanceId::random();
+        logs.writer(id).write(b"x\n").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&logs.dir), 0o700);
+        assert_eq!(mode(&logs.files(id).1), 0o600);
     }
 
     #[test]

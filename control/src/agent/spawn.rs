@@ -150,9 +150,8 @@ fn environment(
     .map(|(key, value)| (key.to_owned(), value))
     .into();
     for var in &spec.env {
-        let reserved = var.key == "PORT" || var.key.starts_with("WEIR_");
-        // A key with `=` would set another variable than it seems to.
-        if reserved || var.key.is_empty() || var.key.contains('=') {
+        // The API refuses these. A key with `=` would set another variable than it seems to.
+        if super::reserved(&var.key) || var.key.is_empty() || var.key.contains('=') {
             tracing::warn!(key = var.key, version = %version.id, "a version may not set this variable");
             continue;
         }
@@ -217,6 +216,14 @@ pub(super) fn start(
         command.pre_exec(move || {
             // After the change of user, which would clear it.
             rprocess::set_parent_process_death_signal(Some(Signal::KILL))?;
+            // What Weir was started with, by a shell or a supervisor, is not the instance's to have.
+            // Kernels before 5.11 lack the flag: then the descriptors stay.
+            let _ = libc::syscall(
+                libc::SYS_close_range,
+                3,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            );
             if rprocess::getppid() != Some(agent) {
                 return Err(io::ErrorKind::NotConnected.into());
             }

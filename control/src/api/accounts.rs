@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api, At, Caller, Problem,
-    json::{Body, Names},
+    json::{Body, Names, checked_label},
 };
 use crate::{
     directory::{encode, record},
@@ -24,7 +24,7 @@ use crate::{
 pub(crate) struct CreateAccountRequest {
     /// 1 to 128 letters, digits, `.`, `_`, `:`, `-`.
     nca_id: String,
-    /// 1 to 128 characters.
+    /// 1 to 128 characters, none of them a control character.
     name: String,
 }
 
@@ -48,7 +48,9 @@ pub(crate) struct AccountsReply {
 }
 
 pub(crate) fn valid(id: &str) -> bool {
+    // `.` and `..` would go from a path before they arrive.
     (1..=128).contains(&id.len())
+        && !matches!(id, "." | "..")
         && id
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || "._:-".contains(c))
@@ -95,9 +97,7 @@ pub(crate) async fn create(
             "ncaId: has to be 1 to 128 letters, digits or any of ._:-",
         ));
     }
-    if !(1..=128).contains(&request.name.chars().count()) {
-        return Err(Problem::bad("name: has to be 1 to 128 characters"));
-    }
+    checked_label(&request.name)?;
     let account = Account {
         id: AccountId(request.nca_id.into()),
         name: request.name,

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use super::{
     Api, At, Caller, Problem, Stored,
     functions::{FunctionDto, FunctionReply, busy},
-    json::{Body, Names, Pairs},
+    json::{Body, Names, Pairs, merged},
     retried,
 };
 use crate::{
@@ -34,7 +34,7 @@ pub(crate) struct SpecificationRequest {
     instance_type: Option<String>,
     /// 0 lets it sleep when nobody calls.
     min_instances: u32,
-    /// At least 1 and at least minInstances.
+    /// At least 1 and at least minInstances; 4096 at most, over all specifications.
     max_instances: u32,
     /// Requests that one instance takes at once, 1 to 16384. Default: 1.
     max_request_concurrency: Option<u32>,
@@ -63,7 +63,7 @@ pub(crate) struct SpecificationRequest {
     helm_validation_policy: Option<Map<String, Value>>,
 }
 
-/// A deployment. An update keeps what is left out.
+/// A deployment. An update keeps what is left out, also inside `autoscaling`, `queue` and `routing`.
 #[derive(Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 #[schema(example = json!({
@@ -72,11 +72,14 @@ pub(crate) struct SpecificationRequest {
 pub(crate) struct DeploymentRequest {
     deployment_specifications: Vec<SpecificationRequest>,
     /// How it scales.
-    autoscaling: Option<Autoscaling>,
+    #[schema(value_type = Option<Autoscaling>)]
+    autoscaling: Option<Map<String, Value>>,
     /// What may wait, and how long.
-    queue: Option<QueueSettings>,
+    #[schema(value_type = Option<QueueSettings>)]
+    queue: Option<Map<String, Value>>,
     /// Which instance takes an invocation.
-    routing: Option<Routing>,
+    #[schema(value_type = Option<Routing>)]
+    routing: Option<Map<String, Value>>,
     /// Share of the function's invocations. Default: by ready capacity.
     traffic_weight: Option<u32>,
     /// Longest start of an instance. Default: PT10M.
@@ -250,6 +253,9 @@ impl DeploymentDto {
 
 // === Rules ===
 
+/// Instances that one deployment may ask for. Each is a task and a row in every answer about its version.
+const MAX_INSTANCES: u32 = 4096;
+
 fn check(fine: bool, detail: impl Into<String>) -> Result<(), Problem> {
     if fine {
         Ok(())
@@ -345,7 +351,7 @@ impl SpecificationRequest {
                 kept.insert(name.into(), values.into());
             }
         }
-        Ok(GpuSpecification {
+        let spec = GpuSpecification {
             id: GpuSpecificationId::random(),
             gpu: self.gpu,
             instance_type,
@@ -353,7 +359,15 @@ impl SpecificationRequest {
             max_instances: self.max_instances,
             max_request_concurrency: self.max_request_concurrency.unwrap_or(1),
             kept,
-        })
+        };
+        check(
+            none || spec.gpus_per_instance() > 0,
+            format!(
+                "{at}.instanceType: '{}' has no GPU; gpu 'none' asks for that",
+                spec.instance_type
+            ),
+        )?;
+        Ok(spec)
     }
 }
 
@@ -381,6 +395,13 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
             format!("{at}.maxRequestConcurrency: has to be 1 to 16384"),
         )?;
     }
+    check(
+        deployment.max_instances() <= MAX_INSTANCES,
+        format!(
+            "maxInstances: {} in all, and a deployment may have {MAX_INSTANCES}: ask for fewer, or deploy several versions",
+            deployment.max_instances()
+        ),
+    )?;
     let autoscaling = &deployment.autoscaling;
     check(
         autoscaling.target_utilization > 0.0 && autoscaling.target_utilization <= 1.0,
@@ -428,15 +449,15 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
 
 impl DeploymentRequest {
     /// Puts what was given in place of what is there.
-    fn settings(&self, deployment: &mut Deployment) {
-        if let Some(autoscaling) = &self.autoscaling {
-            deployment.autoscaling = autoscaling.clone();
+    fn settings(&self, deployment: &mut Deployment) -> Result<(), Problem> {
+        if let Some(given) = &self.autoscaling {
+            deployment.autoscaling = merged("autoscaling", &deployment.autoscaling, given)?;
         }
-        if let Some(queue) = &self.queue {
-            deployment.queue = queue.clone();
+        if let Some(given) = &self.queue {
+            deployment.queue = merged("queue", &deployment.queue, given)?;
         }
-        if let Some(routing) = &self.routing {
-            deployment.routing = routing.clone();
+        if let Some(given) = &self.routing {
+            deployment.routing = merged("routing", &deployment.routing, given)?;
         }
         deployment.traffic_weight = self.traffic_weight.or(deployment.traffic_weight);
         for (given, place) in [
@@ -446,6 +467,7 @@ impl DeploymentRequest {
         ] {
             *place = given.unwrap_or(*place);
         }
+        Ok(())
     }
 }
 
@@ -503,7 +525,7 @@ pub(crate) async fn create(
         updated_at: now,
         undeploying: false,
     };
-    request.settings(&mut deployment);
+    request.settings(&mut deployment)?;
     let version = retried!(create_once(&api, &deployment).await)?;
     let view = shown(&api, version, Some(&deployment));
     Ok(Json(DeploymentReply {
@@ -679,8 +701,7 @@ pub(crate) async fn update(
                 spec.kept.insert(name.clone(), value.clone());
             }
         }
-        request.settings(deployment);
-        Ok(())
+        request.settings(deployment)
     })
     .await?;
     let deployment = view.deployment.as_ref().ok_or_else(|| none(version))?;

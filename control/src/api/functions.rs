@@ -15,6 +15,7 @@ use super::{
     no_version, retried,
 };
 use crate::{
+    agent::reserved,
     directory::{FunctionView, VersionView, encode, record},
     model::{
         Deployment, FunctionId, FunctionState, Health, HealthProtocol, Instance, InstanceState,
@@ -350,7 +351,7 @@ fn path(member: &str, given: &str) -> Result<String, Problem> {
     let text = format!("/{}", given.strip_prefix('/').unwrap_or(given));
     let fine = !given.is_empty() && text.parse::<http::uri::PathAndQuery>().is_ok();
     check(
-        fine && !given.contains("://"),
+        fine && !given.contains("://") && !given.contains('#'),
         format!("{member}: '{given}' is not a path such as /v2/infer"),
     )?;
     Ok(text)
@@ -557,7 +558,21 @@ impl CreateFunctionRequest {
                     !process.command.iter().any(|part| part.contains('\0')),
                     "process.command: a NUL character can't be passed on",
                 )?;
+                check(
+                    !process
+                        .working_dir
+                        .as_ref()
+                        .is_some_and(|dir| dir.contains('\0')),
+                    "process.workingDir: a NUL character can't be passed on",
+                )?;
                 for (at, variable) in process.env.iter().enumerate() {
+                    check(
+                        !reserved(&variable.key),
+                        format!(
+                            "process.env[{at}]: {} is Weir's to set: choose another name than PORT and WEIR_…",
+                            variable.key
+                        ),
+                    )?;
                     check(
                         !variable.key.is_empty()
                             && !variable.key.contains(['=', '\0'])

@@ -5,10 +5,10 @@ use std::{collections::HashSet, fmt};
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use http::{header, request::Parts};
 use serde::{
-    Deserializer,
+    Deserializer, Serialize,
     de::{DeserializeOwned, DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor},
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::problem::Problem;
 use crate::model::{FunctionId, VersionId};
@@ -123,6 +123,33 @@ impl<'de> Visitor<'de> for Unique {
         }
         Ok(Value::Object(members))
     }
+}
+
+/// A name for people. Lists print it, so it may not move a terminal's cursor.
+pub(crate) fn checked_label(name: &str) -> Result<(), Problem> {
+    if (1..=128).contains(&name.chars().count()) && !name.contains(char::is_control) {
+        return Ok(());
+    }
+    Err(Problem::bad(
+        "name: has to be 1 to 128 characters, none of them a control character",
+    ))
+}
+
+/// Puts the members that were given over `current`'s; the others stay.
+pub(crate) fn merged<T: Serialize + DeserializeOwned>(
+    member: &str,
+    current: &T,
+    given: &Map<String, Value>,
+) -> Result<T, Problem> {
+    let mut whole = serde_json::to_value(current)
+        .map_err(|error| Problem::bad(format!("{member}: {error}")))?;
+    if let Value::Object(whole) = &mut whole {
+        whole.extend(given.clone());
+    }
+    serde_path_to_error::deserialize(whole).map_err(|error| {
+        let path = error.path().to_string();
+        Problem::bad(format!("{member}.{path}: {}", error.into_inner()))
+    })
 }
 
 /// The names in a path.

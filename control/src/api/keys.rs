@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api, At, Caller, Problem, accounts,
-    json::{Body, Names},
+    json::{Body, Names, checked_label},
 };
 use crate::{
     auth,
@@ -21,7 +21,7 @@ use crate::{
 #[serde(rename_all = "camelCase")]
 #[schema(example = json!({"name": "caller", "scopes": ["invoke_function"]}))]
 pub(crate) struct CreateKeyRequest {
-    /// 1 to 128 characters; need not be unique.
+    /// 1 to 128 characters, none of them a control character; need not be unique.
     name: String,
     /// Only the admin may name another. Default: the caller's.
     account: Option<String>,
@@ -90,9 +90,7 @@ pub(crate) async fn create(
     Body(request): Body<CreateKeyRequest>,
 ) -> Result<Json<NewKeyReply>, Problem> {
     caller.needs("account_setup")?;
-    if !(1..=128).contains(&request.name.chars().count()) {
-        return Err(Problem::bad("name: has to be 1 to 128 characters"));
-    }
+    checked_label(&request.name)?;
     let mut scopes = request.scopes;
     scopes.sort();
     scopes.dedup();

@@ -345,7 +345,23 @@ async fn a_wrong_function_is_refused_with_the_reason() {
             "rateLimit.rateLimit",
         ),
         ("rateLimit", json!({"syncCheck": true}), "is needed"),
+        ("inferenceUrl", json!("/a#b"), "inferenceUrl"),
         ("process", json!({"command": []}), "process.command"),
+        (
+            "process",
+            json!({"command": ["a"], "workingDir": "/a\0b"}),
+            "process.workingDir",
+        ),
+        (
+            "process",
+            json!({"command": ["a"], "env": [{"key": "A", "value": ""}, {"key": "PORT", "value": "1"}]}),
+            "process.env[1]: PORT is Weir's to set",
+        ),
+        (
+            "process",
+            json!({"command": ["a"], "env": [{"key": "WEIR_INSTANCE_ID", "value": "1"}]}),
+            "process.env[0]: WEIR_INSTANCE_ID is Weir's to set",
+        ),
         (
             "process",
             json!({"command": ["a", 5]}),
@@ -402,6 +418,16 @@ async fn a_wrong_deployment_is_refused_with_the_reason() {
             "deploymentSpecifications[0].minInstances",
         ),
         (spec("maxInstances", json!(0)), "at least 1"),
+        (spec("maxInstances", json!(4097)), "may have 4096"),
+        (spec("maxInstances", json!(u32::MAX)), "may have 4096"),
+        (
+            with(
+                with(spec("gpu", json!("H100")), "none", json!(1)),
+                "deploymentSpecifications",
+                json!([{"gpu": "H100", "instanceType": "H100_0x", "minInstances": 0, "maxInstances": 1}]),
+            ),
+            "'H100_0x' has no GPU",
+        ),
         (spec("maxRequestConcurrency", json!(16385)), "16384"),
         (spec("maxRequestConcurrency", json!(0)), "16384"),
         (spec("gpu", json!("H100")), "instanceType"),

@@ -22,14 +22,18 @@ pub(super) struct Problem {
     pub(super) status: StatusCode,
     title: String,
     detail: String,
+    /// The problem's stable name, as in `x-weir-error`.
+    code: String,
 }
 
 impl Problem {
     pub(super) fn read(status: StatusCode, body: &[u8]) -> Self {
         let document: Value = serde_json::from_slice(body).unwrap_or_default();
         let member = |name: &str| document[name].as_str().map(str::to_owned);
+        let kind = member("type").unwrap_or_default();
         Self {
             status,
+            code: kind.rsplit(':').next().unwrap_or_default().to_owned(),
             title: member("title")
                 .unwrap_or_else(|| status.canonical_reason().unwrap_or("Error").to_owned()),
             detail: member("detail").unwrap_or_else(|| {
@@ -48,7 +52,9 @@ impl Problem {
             StatusCode::FORBIDDEN => {
                 "use a key that has the scope and may name the function; `weir key list` shows what each may do"
             }
-            StatusCode::NOT_FOUND => "`weir function list` shows what is there",
+            StatusCode::NOT_FOUND if self.code == "unknown-function" => {
+                "`weir function list` shows what is there"
+            }
             StatusCode::TOO_MANY_REQUESTS => {
                 "wait and try again; `weir status` shows how many wait"
             }
@@ -299,6 +305,8 @@ fn ids<'a>(rows: impl Iterator<Item = &'a Row>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn row(function: u128, version: u128, name: &str, status: &str) -> Row {
@@ -364,6 +372,12 @@ mod tests {
         let body = br#"{"type":"urn:x","title":"Unauthorized","status":401,"detail":"the key has expired"}"#;
         let shown = Problem::read(StatusCode::UNAUTHORIZED, body).to_string();
         assert!(shown.starts_with("Unauthorized (401): the key has expired\ntry: give a key"));
+        let not_found = |code: &str| {
+            let body = json!({"type": format!("urn:weir:problem:{code}"), "detail": "no"});
+            Problem::read(StatusCode::NOT_FOUND, body.to_string().as_bytes()).to_string()
+        };
+        assert!(not_found("unknown-function").contains("weir function list"));
+        assert_eq!(not_found("not-found"), "Not Found (404): no");
         let shown = Problem::read(StatusCode::BAD_REQUEST, b"plain words").to_string();
         assert_eq!(shown, "Bad Request (400): plain words");
     }
