@@ -1,9 +1,9 @@
 //! Brings what is so towards what was asked for: how many instances each
 //! deployment gets, which start, which stop.
 //!
-//! One task, driven by events: a change of a function, a demand signal from
-//! the request path, a report of an agent, and a tick for the versions that
-//! are awake. The decision is [`scale::decide`], a pure function; this module
+//! One task, driven by events: a change of a function, a demand signal from a
+//! request path, an instance that went, and a tick for the versions that are
+//! awake. The decision is [`scale::decide`], a pure function; this module
 //! only carries it out. It is the single writer of instance counts.
 //!
 //! Scaling in never kills work: an instance is taken out of its queue only
@@ -18,12 +18,13 @@ use std::{
 use jiff::Timestamp;
 use serde::Serialize;
 use tokio::{
-    sync::{broadcast, mpsc},
+    sync::broadcast,
     time::{Instant, sleep_until},
 };
 
 use crate::{
-    agent::{Agent, Assignment, Report},
+    agent::{Agent, Assignment},
+    coordination::{self, Coordination, CoordinationError},
     directory::{Directory, VersionView, record},
     model::{
         AutoscalingPolicy, Deployment, DeploymentId, FunctionId, GpuSpecificationId, InstanceId,
@@ -33,21 +34,10 @@ use crate::{
     store::{Change, Expect, Partition, Store},
 };
 
-/// What the data plane knows of slots and load.
+/// The slots that the data plane gives out.
 pub trait Slots: Send + Sync + 'static {
-    /// The load of a deployed version, now.
-    fn sample(&self, version: VersionId) -> Option<Sample>;
     /// Takes the instance out if it is idle, under the queue's lock; true if it was, or is not there at all.
     fn retire_if_idle(&self, version: VersionId, instance: InstanceId) -> bool;
-}
-
-/// What the request path tells the controller.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Signal {
-    /// An invocation had to wait, or found no instance.
-    Demand(FunctionId, VersionId),
-    /// An instance did not take a connection.
-    Suspect(InstanceId),
 }
 
 /// Decisions kept for reading back, for each version.
@@ -109,6 +99,8 @@ struct Asked {
     specification: GpuSpecificationId,
     endpoint: Option<String>,
     stopping: bool,
+    /// It was published. Before that its absence says nothing.
+    published: bool,
 }
 
 /// What is carried from one decision on a deployment to the next.
@@ -142,6 +134,7 @@ impl Scaling {
 pub struct Controller {
     pub store: Arc<dyn Store>,
     pub directory: Arc<Directory>,
+    pub coordination: Arc<dyn Coordination>,
     pub slots: Arc<dyn Slots>,
     pub agent: Agent,
     pub decisions: Arc<Decisions>,
@@ -154,6 +147,7 @@ impl Controller {
     pub fn new(
         store: Arc<dyn Store>,
         directory: Arc<Directory>,
+        coordination: Arc<dyn Coordination>,
         slots: Arc<dyn Slots>,
         agent: Agent,
         decisions: Arc<Decisions>,
@@ -161,6 +155,7 @@ impl Controller {
         Self {
             store,
             directory,
+            coordination,
             slots,
             agent,
             decisions,
@@ -169,13 +164,11 @@ impl Controller {
         }
     }
 
-    /// Runs for ever.
-    pub async fn run(
-        mut self,
-        mut changes: broadcast::Receiver<FunctionId>,
-        mut signals: mpsc::UnboundedReceiver<Signal>,
-        mut reports: mpsc::UnboundedReceiver<Report>,
-    ) {
+    /// Runs until nothing tells it of changes any more. Call it once this process leads.
+    pub async fn run(mut self) -> Result<(), CoordinationError> {
+        let mut changes = self.directory.subscribe();
+        let mut signals = self.coordination.signals();
+        let mut instances = self.coordination.watch().await?;
         let mut due: HashSet<FunctionId> =
             self.directory.views().iter().map(|view| view.id).collect();
         loop {
@@ -194,29 +187,16 @@ impl Controller {
                         due.extend(self.directory.views().iter().map(|view| view.id));
                         due.extend(self.scalings.values().map(|s| s.function));
                     }
-                    Err(broadcast::error::RecvError::Closed) => return,
+                    Err(broadcast::error::RecvError::Closed) => return Ok(()),
                 },
                 signal = signals.recv() => {
-                    let Some(signal) = signal else { return };
-                    self.hear(signal, &mut due);
+                    let Some(signal) = signal else { return Ok(()) };
+                    due.extend(signal.demand());
                     while let Ok(signal) = signals.try_recv() {
-                        self.hear(signal, &mut due);
+                        due.extend(signal.demand());
                     }
                 }
-                report = reports.recv() => {
-                    let Some(report) = report else { return };
-                    // The directory tells of the change, which brings us back here.
-                    match report {
-                        Report::Changed(instance) => self.directory.put_instance(instance),
-                        Report::Gone(instance) => {
-                            for scaling in self.scalings.values_mut() {
-                                scaling.asked.remove(&instance);
-                                scaling.order.retain(|id| *id != instance);
-                            }
-                            self.directory.remove_instance(instance);
-                        }
-                    }
-                }
+                event = instances.next() => self.hear(event?, &mut due),
                 () = tick => {
                     let now = Instant::now();
                     due.extend(
@@ -227,12 +207,33 @@ impl Controller {
         }
     }
 
-    fn hear(&self, signal: Signal, due: &mut HashSet<FunctionId>) {
-        match signal {
-            Signal::Demand(function, _) => {
-                due.insert(function);
+    /// Keeps what was asked for true. The directory hears the same, and tells of the functions it changed.
+    fn hear(&mut self, event: coordination::Event, due: &mut HashSet<FunctionId>) {
+        let (there, gone): (HashSet<InstanceId>, _) = match event {
+            coordination::Event::All(all) => (all.iter().map(|i| i.id).collect(), None),
+            coordination::Event::Changed(instance) => {
+                if let Some(scaling) = self.scalings.get_mut(&instance.deployment_id)
+                    && let Some(asked) = scaling.asked.get_mut(&instance.id)
+                {
+                    asked.published = true;
+                }
+                return;
             }
-            Signal::Suspect(instance) => self.agent.suspect(instance),
+            coordination::Event::Gone(instance) => (HashSet::new(), Some(instance)),
+        };
+        for scaling in self.scalings.values_mut() {
+            let before = scaling.asked.len();
+            scaling.asked.retain(|id, asked| {
+                asked.published |= there.contains(id);
+                match gone {
+                    Some(gone) => *id != gone,
+                    None => !asked.published || there.contains(id),
+                }
+            });
+            if scaling.asked.len() < before {
+                scaling.order.retain(|id| scaling.asked.contains_key(id));
+                due.insert(scaling.function);
+            }
         }
     }
 
@@ -281,8 +282,8 @@ impl Controller {
         let now = self.start.elapsed();
         scaling.history.fit(&settings);
         let sample = self
-            .slots
-            .sample(deployment.version)
+            .coordination
+            .load(deployment.version)
             .map(|sample| Sample { at: now, ..sample });
         if let Some(sample) = sample {
             scaling.history.push(sample);
@@ -335,6 +336,7 @@ impl Controller {
                             specification: specification.id,
                             endpoint: endpoint.clone(),
                             stopping: false,
+                            published: false,
                         },
                     );
                     self.agent.run(Assignment {
@@ -385,8 +387,8 @@ impl Controller {
             .or_insert_with(|| Scaling::new(deployment, &settings));
         let since = *scaling.draining_since.get_or_insert_with(Instant::now);
         let load = self
-            .slots
-            .sample(deployment.version)
+            .coordination
+            .load(deployment.version)
             .map_or(0, |sample| sample.in_system);
         if load > 0 && since.elapsed() < deployment.drain_timeout.0 {
             scaling.next_look = Some(Instant::now() + DRAIN_LOOK);

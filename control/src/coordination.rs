@@ -16,12 +16,33 @@ pub mod local;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::{
-    controller::Signal,
-    model::{Instance, InstanceId, VersionId},
+    agent::{Agent, Report},
+    model::{FunctionId, Instance, InstanceId, VersionId},
     scale::Sample,
 };
+
+/// What a request path tells all the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signal {
+    /// An invocation had to wait, or found no instance.
+    Demand(FunctionId, VersionId),
+    /// An instance did not take a connection.
+    Suspect(InstanceId),
+}
+
+impl Signal {
+    /// The function that is in demand.
+    #[must_use]
+    pub fn demand(self) -> Option<FunctionId> {
+        match self {
+            Self::Demand(function, _) => Some(function),
+            Self::Suspect(_) => None,
+        }
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinationError {
@@ -87,7 +108,7 @@ pub trait Coordination: Send + Sync + 'static {
 
     /// The signals of all members from now on, each once, those of one member in order. Best effort: a signal
     /// only hurries what the next look at the load would find.
-    fn signals(&self) -> tokio::sync::mpsc::UnboundedReceiver<Signal>;
+    fn signals(&self) -> UnboundedReceiver<Signal>;
 
     /// The load of a version over all members, as far as it is known here. Never waits.
     fn load(&self, version: VersionId) -> Option<Sample>;
@@ -100,7 +121,8 @@ pub trait Member: Send + Sync + 'static {
     /// to the member that published it last.
     fn publish(&self, instance: Instance);
 
-    /// Says that an instance of this member is gone, and its slots with it.
+    /// Says that an instance of this member is gone, and its slots with it. One that nobody published is announced
+    /// as gone too, for whoever asked for it.
     fn withdraw(&self, instance: InstanceId);
 
     /// Tells all listeners at once. Never waits.
@@ -120,4 +142,33 @@ pub trait Member: Send + Sync + 'static {
 
     /// How many slots of an instance all members hold; an instance without any is drained.
     async fn held(&self, instance: InstanceId) -> Result<u32, CoordinationError>;
+}
+
+/// Tells the others what this process's agent reports and its request path signals, and its agent what is suspected
+/// anywhere. Ends when one of them does.
+pub async fn take_part(
+    member: Arc<dyn Member>,
+    agent: Agent,
+    mut reports: UnboundedReceiver<Report>,
+    mut own: UnboundedReceiver<Signal>,
+    mut all: UnboundedReceiver<Signal>,
+) {
+    loop {
+        tokio::select! {
+            report = reports.recv() => match report {
+                Some(Report::Changed(instance)) => member.publish(instance),
+                Some(Report::Gone(instance)) => member.withdraw(instance),
+                None => return,
+            },
+            signal = own.recv() => match signal {
+                Some(signal) => member.signal(signal),
+                None => return,
+            },
+            signal = all.recv() => match signal {
+                Some(Signal::Suspect(instance)) => agent.suspect(instance),
+                Some(Signal::Demand(..)) => {}
+                None => return,
+            },
+        }
+    }
 }

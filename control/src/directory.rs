@@ -9,6 +9,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    convert::Infallible,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -18,6 +19,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::{broadcast, watch};
 
 use crate::{
+    coordination::{self, CoordinationError},
     model::{
         Account, AccountId, Deployment, FunctionId, FunctionState, Instance, InstanceId, Key,
         KeyId, Sharing, Version, VersionId,
@@ -113,7 +115,7 @@ pub struct Directory {
     views: DashMap<FunctionId, Arc<FunctionView>>,
     keys: DashMap<String, Arc<Key>>,
     accounts: DashMap<AccountId, Arc<Account>>,
-    /// Written by the follower and by the agents' reports; a std mutex, held for one change.
+    /// Written by those who follow intent and instances; a std mutex, held for one change.
     parts: Mutex<HashMap<FunctionId, Parts>>,
     changes: broadcast::Sender<FunctionId>,
     applied: watch::Sender<Cursor>,
@@ -341,7 +343,32 @@ impl Directory {
         _ = self.changes.send(function);
     }
 
-    /// An agent's report: the instance is as given.
+    /// Applies what is so of the instances, for ever; ends only when it can't be heard any more.
+    pub async fn follow_instances(
+        &self,
+        mut watch: Box<dyn coordination::Watch>,
+    ) -> Result<Infallible, CoordinationError> {
+        loop {
+            match watch.next().await? {
+                coordination::Event::All(all) => {
+                    let there: HashSet<InstanceId> = all.iter().map(|i| i.id).collect();
+                    let gone: Vec<InstanceId> = self
+                        .parts()
+                        .values()
+                        .flat_map(|parts| &parts.instances)
+                        .map(|i| i.id)
+                        .filter(|id| !there.contains(id))
+                        .collect();
+                    gone.into_iter().for_each(|id| self.remove_instance(id));
+                    all.into_iter().for_each(|i| self.put_instance(i));
+                }
+                coordination::Event::Changed(instance) => self.put_instance(instance),
+                coordination::Event::Gone(instance) => self.remove_instance(instance),
+            }
+        }
+    }
+
+    /// The instance is as given.
     pub fn put_instance(&self, instance: Instance) {
         let function = instance.function_id;
         let mut all = self.parts();
@@ -353,8 +380,7 @@ impl Directory {
         self.publish(function, &mut all);
     }
 
-    /// An agent's report: the instance is gone.
-    pub fn remove_instance(&self, id: InstanceId) {
+    fn remove_instance(&self, id: InstanceId) {
         let mut all = self.parts();
         let function = all
             .iter()

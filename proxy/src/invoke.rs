@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use http::{HeaderMap, Request, Response, Uri, request::Parts, uri::PathAndQuery};
 use hyper::body::{Body, Incoming};
 use tokio::time::{Instant, sleep, timeout_at};
-use weir_control::controller::Signal;
+use weir_control::coordination::Signal;
 use weir_control::model::{AccountId, Deployment, FunctionState, Key, RoutingPolicy};
 use weir_queue::{Ask, Entered, Phase, Preference, Refused, Waiting};
 

@@ -26,6 +26,7 @@ use weir_control::{
     agent::{Agent, AgentConfig},
     api, auth,
     controller::{Controller, Decisions, Slots},
+    coordination::{Coordination, Load, Member, local::Local, take_part},
     directory::Directory,
     gpu,
     model::{FunctionId, InstanceId, InstanceState, VersionId},
@@ -73,9 +74,12 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let (directory, feed) = Directory::load(&*store).await?;
 
     let metrics = Metrics::new()?;
+    let coordination: Arc<dyn Coordination> = Arc::new(Local::default());
     let (signal_sender, signals) = mpsc::unbounded_channel();
     let table = Table::new(metrics.clone(), signal_sender);
     table.apply_all(&directory);
+    let slots = Arc::new(TableSlots(table.clone()));
+    let member: Arc<dyn Member> = coordination.join(NODE, slots.clone()).await?.into();
 
     let gpus = match &args.gpus {
         Some(declared) => gpu::parse_declared(&declared.to_string())?,
@@ -106,16 +110,28 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         table.apply_all(&directory);
         tokio::spawn(async move { table.follow(&directory, changes).await })
     };
+    let instances = {
+        let (directory, watch) = (directory.clone(), coordination.watch().await?);
+        tokio::spawn(async move { directory.follow_instances(watch).await })
+    };
     let decisions = Arc::new(Decisions::default());
-    let slots = Arc::new(TableSlots(table.clone()));
     let controller = Controller::new(
         store.clone(),
         directory.clone(),
+        coordination.clone(),
         slots,
         agent.clone(),
         decisions.clone(),
     );
-    let controlling = tokio::spawn(controller.run(directory.subscribe(), signals, reports));
+    let controlling = {
+        let member = member.clone();
+        tokio::spawn(async move {
+            member.lead().await?;
+            controller.run().await
+        })
+    };
+    let heard = coordination.signals();
+    let taking_part = tokio::spawn(take_part(member, agent.clone(), reports, signals, heard));
     let limits = Arc::new(Limits::default());
     let upkeep = tokio::spawn(upkeep(
         metrics.clone(),
@@ -228,6 +244,8 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         _ = interrupt.recv() => None,
         ended = follower => Some(format!("the control state's feed ended: {ended:?}")),
         ended = routing => Some(format!("the routing table's task ended: {ended:?}")),
+        ended = instances => Some(format!("what the instances do is not heard any more: {ended:?}")),
+        ended = taking_part => Some(format!("this process can't tell the others of itself: {ended:?}")),
         ended = controlling => Some(format!("the controller ended: {ended:?}")),
         ended = upkeep => Some(format!("the metrics' task ended: {ended:?}")),
         ended = accepting => Some(format!("the data listener ended: {ended:?}")),
@@ -318,7 +336,7 @@ fn announce(listen: SocketAddr, admin: SocketAddr, key: Option<&Path>) {
 /// The queues, as the controller sees them.
 struct TableSlots(Arc<Table>);
 
-impl Slots for TableSlots {
+impl Load for TableSlots {
     fn sample(&self, version: VersionId) -> Option<Sample> {
         let load = self.0.deployed(version)?.queue.load();
         Some(Sample {
@@ -329,7 +347,9 @@ impl Slots for TableSlots {
             queued: u32::try_from(load.queued).unwrap_or(u32::MAX),
         })
     }
+}
 
+impl Slots for TableSlots {
     fn retire_if_idle(&self, version: VersionId, instance: InstanceId) -> bool {
         let key = instance.0.as_u128();
         self.0.deployed(version).is_none_or(|deployed| {

@@ -18,7 +18,7 @@ use dashmap::DashMap;
 use tokio::sync::{broadcast, mpsc};
 use uuid::Uuid;
 use weir_control::{
-    controller::Signal,
+    coordination::Signal,
     directory::{Directory, VersionView},
     model::{
         AccountId, Deployment, DeploymentId, FunctionId, FunctionState, Instance, InstanceId,

@@ -10,9 +10,8 @@ use std::{sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::time::timeout;
 
-use super::{Coordination, Event, Load, Member, Term, Watch};
+use super::{Coordination, Event, Load, Member, Signal, Term, Watch};
 use crate::{
-    controller::Signal,
     model::{
         DeploymentId, FunctionId, GpuSpecificationId, Instance, InstanceId, InstanceState,
         VersionId,
@@ -25,7 +24,7 @@ macro_rules! suite {
     ($fresh:path) => {
         $crate::coordination::contract::suite!(@each $fresh,
             tells_what_is_there_first, tells_every_change_in_order, keeps_an_instance_with_its_last_publisher,
-            forgets_what_a_member_published, sums_the_load, forgets_the_load_of_who_left,
+            forgets_what_a_member_published, announces_what_will_not_come, sums_the_load, forgets_the_load_of_who_left,
             hands_signals_to_every_listener, has_one_leader_and_rising_terms, passes_over_who_stopped_waiting,
             never_grants_more_than_the_capacity, grants_nothing_of_what_is_not_ready,
             binds_new_grants_to_a_lowered_capacity, takes_back_no_more_than_was_held,
@@ -210,6 +209,17 @@ pub(crate) async fn sums_the_load(coordination: Shared) {
     })
     .await;
     assert_eq!(coordination.load(VersionId::random()), None);
+}
+
+pub(crate) async fn announces_what_will_not_come(coordination: Shared) {
+    let member = join(&coordination, "agent").await;
+    let mut watch = coordination.watch().await.unwrap();
+    let first = soon("the first event", watch.next()).await.unwrap();
+    assert_eq!(first, Event::All(Vec::new()));
+    let refused = InstanceId::random();
+    member.withdraw(refused);
+    let next = soon("the end", watch.next()).await.unwrap();
+    assert_eq!(next, Event::Gone(refused));
 }
 
 pub(crate) async fn forgets_the_load_of_who_left(coordination: Shared) {

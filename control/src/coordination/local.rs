@@ -11,9 +11,8 @@ use tokio::sync::{
     oneshot,
 };
 
-use super::{Coordination, CoordinationError, Event, Load, Member, Term, Watch};
+use super::{Coordination, CoordinationError, Event, Load, Member, Signal, Term, Watch};
 use crate::{
-    controller::Signal,
     model::{Instance, InstanceId, InstanceState, VersionId},
     scale::Sample,
 };
@@ -55,7 +54,7 @@ impl Facts {
     }
 
     fn withdraw(&mut self, owner: MemberId, id: InstanceId) {
-        if self.instances.get(&id).is_some_and(|p| p.owner == owner) {
+        if self.instances.get(&id).is_none_or(|p| p.owner == owner) {
             self.instances.remove(&id);
             self.tell(&Event::Gone(id));
         }
