@@ -58,12 +58,17 @@ pub enum CoordinationError {
 pub trait Load: Send + Sync + 'static {
     /// The load of a deployed version on this member, now; `None` where the version is not deployed.
     fn sample(&self, version: VersionId) -> Option<Sample>;
+    /// The versions that have a load, for those who can only send it ahead.
+    fn versions(&self) -> Vec<VersionId>;
 }
 
 /// For a member that takes no invocations.
 impl Load for () {
     fn sample(&self, _: VersionId) -> Option<Sample> {
         None
+    }
+    fn versions(&self) -> Vec<VersionId> {
+        Vec::new()
     }
 }
 

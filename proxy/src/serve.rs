@@ -347,6 +347,11 @@ impl Load for TableSlots {
             queued: u32::try_from(load.queued).unwrap_or(u32::MAX),
         })
     }
+
+    fn versions(&self) -> Vec<VersionId> {
+        let deployed = self.0.all_deployed();
+        deployed.iter().map(|deployed| deployed.version).collect()
+    }
 }
 
 impl Slots for TableSlots {

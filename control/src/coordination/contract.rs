@@ -183,6 +183,9 @@ impl Load for Constant {
     fn sample(&self, version: VersionId) -> Option<Sample> {
         (version == self.0).then_some(self.1)
     }
+    fn versions(&self) -> Vec<VersionId> {
+        vec![self.0]
+    }
 }
 
 fn sample(arrivals: u64) -> Sample {
