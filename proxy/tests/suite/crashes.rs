@@ -11,9 +11,8 @@ use reqwest::{Method, StatusCode};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::{
-    instance,
-    support::{SOON, Server, WEIR, answered, eventually, kill, pid, processes_with, refused, text},
+use crate::support::{
+    SOON, Server, WEIR, answered, eventually, kill, pid, processes_with, refused, text,
 };
 
 #[tokio::test]
@@ -135,11 +134,7 @@ async fn acknowledged_until_killed(server: &Server) -> (Vec<String>, Vec<(String
 async fn sigterm_finishes_what_runs_and_exits_with_0() {
     let mut server = Server::start();
     let books = tempfile::tempdir().unwrap();
-    let (name, value) = instance::env(books.path());
-    let command = instance::command();
-    let command = command.each_ref().map(String::as_str);
-    let function = server.function(&command, &[(name, &value)]).await;
-    server.deploy(&function, (1, 1, 1), json!({})).await;
+    let function = server.books(books.path(), 1).await;
 
     let gate = server.directory().join("gate");
     let path = format!("/work?gate={}", gate.display());

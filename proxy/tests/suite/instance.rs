@@ -1,20 +1,18 @@
 //! An instance that owes nothing to the code under test: the test binary run
 //! again, a threaded HTTP/1.1 server on the standard library alone.
 //!
-//! It ends work when its connection closes, and writes the most requests that
-//! it ever had in flight to `<directory>/<pid>`.
+//! It ends work when its connection closes, and keeps a book of its requests in
+//! `<directory>/<pid>`. While there is a file `<directory>/ill`, it says that it
+//! is not well.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// Names the directory, and says that this process is to be an instance.
@@ -38,38 +36,125 @@ pub(crate) fn env(directory: &Path) -> (&'static str, String) {
     (DIRECTORY, directory.to_str().unwrap().to_owned())
 }
 
-/// The most that each instance had in flight.
-pub(crate) fn highest(directory: &Path) -> Vec<usize> {
+/// Its presence makes the instances of a directory fail their health check.
+pub(crate) fn ill(directory: &Path) -> PathBuf {
+    directory.join("ill")
+}
+
+/// A clock that all processes share.
+pub(crate) fn now() -> Duration {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap()
+}
+
+/// What one process wrote down.
+pub(crate) struct Book {
+    pub(crate) pid: u32,
+    /// When it began to listen.
+    pub(crate) since: Duration,
+    pub(crate) entries: Vec<Entry>,
+}
+
+/// A request came or went.
+pub(crate) struct Entry {
+    pub(crate) at: Duration,
+    /// With it, or without it.
+    pub(crate) in_flight: usize,
+    pub(crate) came: bool,
+    /// The parameter `caller` of its query.
+    pub(crate) caller: String,
+}
+
+impl Book {
+    fn read(pid: u32, text: &str) -> Option<Self> {
+        // Killed while it wrote, it leaves a line without an end.
+        let whole = &text[..=text.rfind('\n')?];
+        let mut lines = whole.lines().map(|line| line.split(' '));
+        let at = |word: &str| Duration::from_micros(word.parse().unwrap());
+        Some(Self {
+            pid,
+            since: at(lines.next()?.next()?),
+            entries: lines
+                .map(|mut words| {
+                    let mut word = || words.next().unwrap();
+                    Entry {
+                        at: at(word()),
+                        in_flight: word().parse().unwrap(),
+                        came: word() == "came",
+                        caller: word().to_owned(),
+                    }
+                })
+                .collect(),
+        })
+    }
+
+    pub(crate) fn highest(&self) -> usize {
+        let in_flight = self.entries.iter().map(|entry| entry.in_flight);
+        in_flight.max().unwrap_or(0)
+    }
+
+    /// The time it spent with each of its requests, until this end.
+    pub(crate) fn worked(&self, end: Duration) -> Duration {
+        let ends = self.entries.iter().skip(1).map(|entry| entry.at);
+        let spans = self.entries.iter().zip(ends.chain([end]));
+        spans
+            .map(|(entry, end)| {
+                end.saturating_sub(entry.at) * u32::try_from(entry.in_flight).unwrap()
+            })
+            .sum()
+    }
+}
+
+/// Of all processes that have listened so far.
+pub(crate) fn books(directory: &Path) -> Vec<Book> {
     let files = fs::read_dir(directory).unwrap();
     files
-        .map(|file| file.unwrap().path())
-        .filter(|path| path.extension().is_none())
-        .map(|path| fs::read_to_string(path).unwrap())
-        .map(|text| text.parse().unwrap())
+        .filter_map(|file| {
+            let file = file.unwrap();
+            let pid = file.file_name().to_str()?.parse().ok()?;
+            Book::read(pid, &fs::read_to_string(file.path()).unwrap())
+        })
         .collect()
 }
 
-struct Books {
-    in_flight: AtomicUsize,
-    highest: Mutex<usize>,
-    file: PathBuf,
+/// The pen of a [`Book`].
+struct Bookkeeper {
+    page: Mutex<Page>,
+    ill: PathBuf,
 }
 
-impl Books {
-    fn arrive(&self) {
-        let now = self.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
-        let mut highest = self.highest.lock().unwrap();
-        if now > *highest {
-            *highest = now;
-            // A reader may look at any time, and this process be killed at any time.
-            let fresh = self.file.with_extension("new");
-            fs::write(&fresh, now.to_string()).unwrap();
-            fs::rename(fresh, &self.file).unwrap();
+struct Page {
+    in_flight: usize,
+    file: File,
+}
+
+impl Bookkeeper {
+    fn new(directory: &Path) -> Self {
+        let mut file = File::create(directory.join(std::process::id().to_string())).unwrap();
+        writeln!(file, "{}", now().as_micros()).unwrap();
+        Self {
+            page: Mutex::new(Page { in_flight: 0, file }),
+            ill: ill(directory),
         }
     }
 
-    fn leave(&self) {
-        self.in_flight.fetch_sub(1, Ordering::SeqCst);
+    fn came(&self, caller: &str) {
+        let mut page = self.page.lock().unwrap();
+        page.in_flight += 1;
+        page.write("came", caller);
+    }
+
+    fn went(&self, caller: &str) {
+        let mut page = self.page.lock().unwrap();
+        page.in_flight -= 1;
+        page.write("went", caller);
+    }
+}
+
+impl Page {
+    /// In one piece: this process may be killed at any time.
+    fn write(&mut self, what: &str, caller: &str) {
+        let line = format!("{} {} {what} {caller}\n", now().as_micros(), self.in_flight);
+        self.file.write_all(line.as_bytes()).unwrap();
     }
 }
 
@@ -81,11 +166,7 @@ fn instance_of_other_tests() {
     };
     let port: u16 = std::env::var("PORT").unwrap().parse().unwrap();
     let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
-    let books = Arc::new(Books {
-        in_flight: AtomicUsize::new(0),
-        highest: Mutex::new(0),
-        file: Path::new(&directory).join(std::process::id().to_string()),
-    });
+    let books = Arc::new(Bookkeeper::new(Path::new(&directory)));
     for stream in listener.incoming() {
         let (stream, books) = (stream.unwrap(), books.clone());
         // It ends with its connection, for whatever reason that ends.
@@ -93,7 +174,7 @@ fn instance_of_other_tests() {
     }
 }
 
-fn serve(stream: &TcpStream, books: &Books) -> Option<()> {
+fn serve(stream: &TcpStream, books: &Bookkeeper) -> Option<()> {
     stream.set_nodelay(true).ok()?;
     let mut reader = BufReader::new(stream);
     loop {
@@ -102,15 +183,20 @@ fn serve(stream: &TcpStream, books: &Books) -> Option<()> {
         let target = head.split(' ').nth(1)?.to_owned();
         let (path, query) = target.split_once('?').unwrap_or((&target, ""));
         if path == "/health" {
-            respond(stream, "ok")?;
+            let status = match books.ill.exists() {
+                true => "503 Service Unavailable",
+                false => "200 OK",
+            };
+            respond(stream, status, "")?;
             continue;
         }
-        books.arrive();
+        let caller = parameter(query, "caller").unwrap_or("unnamed");
+        books.came(caller);
         let worked = work(stream, &mut reader, &head, path, query);
         // Before the last byte: who has the whole answer may call again.
-        books.leave();
+        books.went(caller);
         match worked? {
-            Work::Answer(body) => respond(stream, &body)?,
+            Work::Answer(body) => respond(stream, "200 OK", &body)?,
             Work::LastChunk => (&mut &*stream).write_all(b"0\r\n\r\n").ok()?,
         }
     }
@@ -181,9 +267,9 @@ fn read_head(reader: &mut impl BufRead) -> Option<String> {
     Some(head)
 }
 
-fn respond(stream: &TcpStream, body: &str) -> Option<()> {
+fn respond(stream: &TcpStream, status: &str, body: &str) -> Option<()> {
     let length = body.len();
-    let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}");
+    let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\n\r\n{body}");
     (&mut &*stream).write_all(answer.as_bytes()).ok()
 }
 

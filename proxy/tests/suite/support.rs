@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use rand::{SeedableRng, rngs::StdRng};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use serde_json::{Value, json};
@@ -171,12 +172,17 @@ impl Server {
         Function::of(&self.post(&path, &definition(command, &[])).await)
     }
 
-    /// A function whose instance is the test's own one, deployed with this capacity.
-    pub(crate) async fn books(&self, directory: &Path, capacity: u32) -> Function {
+    /// A function whose instances are the test's own ones.
+    pub(crate) async fn bookkeeper(&self, directory: &Path) -> Function {
         let (name, value) = instance::env(directory);
         let command = instance::command();
         let command = command.each_ref().map(String::as_str);
-        let function = self.function(&command, &[(name, &value)]).await;
+        self.function(&command, &[(name, &value)]).await
+    }
+
+    /// Such a function with one instance of this capacity.
+    pub(crate) async fn books(&self, directory: &Path, capacity: u32) -> Function {
+        let function = self.bookkeeper(directory).await;
         self.deploy(&function, (1, 1, capacity), json!({})).await;
         function
     }
@@ -534,6 +540,16 @@ pub(crate) fn answered(response: &Response) {
 pub(crate) fn header(response: &Response, name: &str) -> Option<String> {
     let value = response.headers().get(name)?;
     Some(value.to_str().unwrap().to_owned())
+}
+
+/// What a test draws at random. Its seed is printed, and `SUITE_SEED` sets it.
+pub(crate) fn random() -> StdRng {
+    let seed = match std::env::var("SUITE_SEED") {
+        Ok(seed) => seed.parse().expect("a number in SUITE_SEED"),
+        Err(_) => rand::random(),
+    };
+    println!("the seed: SUITE_SEED={seed}");
+    StdRng::seed_from_u64(seed)
 }
 
 /// Everything that comes on a connection until its end.
