@@ -11,7 +11,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -54,27 +54,45 @@ pub struct Decided {
     pub decision: Decision,
 }
 
+type Listener = dyn Fn(VersionId, &Decision) + Send + Sync;
+
 /// The last decisions, for those who ask why.
-#[derive(Default)]
-pub struct Decisions(Mutex<HashMap<VersionId, VecDeque<Decided>>>);
+pub struct Decisions {
+    all: Mutex<HashMap<VersionId, VecDeque<Decided>>>,
+    heard: Box<Listener>,
+}
 
 impl Decisions {
+    /// `heard` is told of each decision that is kept.
+    #[must_use]
+    pub fn new(heard: impl Fn(VersionId, &Decision) + Send + Sync + 'static) -> Self {
+        Self {
+            all: Mutex::default(),
+            heard: Box::new(heard),
+        }
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<VersionId, VecDeque<Decided>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Newest last.
     #[must_use]
     pub fn of(&self, version: VersionId) -> Vec<Decided> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(&version)
+        self.all()
+            .get(&version)
             .map(|kept| kept.iter().cloned().collect())
             .unwrap_or_default()
     }
 
     fn keep(&self, version: VersionId, decision: Decision) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.all();
         let kept = all.entry(version).or_default();
         let news = kept.back().is_none_or(|last| {
             last.decision.desired != decision.desired || last.decision.reason != decision.reason
         });
         if news {
+            (self.heard)(version, &decision);
             if kept.len() == KEPT {
                 kept.pop_front();
             }
@@ -86,10 +104,7 @@ impl Decisions {
     }
 
     fn forget(&self, version: VersionId) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&version);
+        self.all().remove(&version);
     }
 }
 

@@ -483,6 +483,20 @@ pub enum InstanceState {
     Error,
 }
 
+impl InstanceState {
+    pub const ALL: [Self; 4] = [Self::Starting, Self::Ready, Self::Draining, Self::Error];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Error => "error",
+        }
+    }
+}
+
 /// One instance, as its agent last saw it.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]

@@ -8,6 +8,7 @@
 use std::{io::Write, net::IpAddr, sync::Arc, thread, time::Duration};
 
 use jiff::Timestamp;
+use metrics::Counter;
 use serde::Serialize;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -45,6 +46,15 @@ impl std::fmt::Debug for Open {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} -> {}", self.request_id, self.status)
     }
+}
+
+/// What it took to get a slot.
+#[derive(Debug, Clone, Copy)]
+pub struct Waited {
+    /// From the arrival.
+    pub time: Duration,
+    /// No instance was ready when it entered the queue.
+    pub cold: bool,
 }
 
 /// The status of a request whose caller left.
@@ -96,14 +106,16 @@ impl Account {
         }
     }
 
-    /// It has a slot, after `waited` in the queue if it was there at all.
-    pub fn dispatched(&mut self, waited: Option<Duration>) {
+    /// It has a slot, after a wait if it had to.
+    pub fn dispatched(&mut self, waited: Option<Waited>) {
         if let Some(open) = &mut self.open {
             open.attempts += 1;
             open.dispatched = Some(Instant::now());
-            open.waited = waited.or(open.waited);
-            if let (Some(waited), Some(deployed)) = (waited, &open.deployed) {
-                deployed.metrics.waited(waited);
+            if let Some(Waited { time, cold }) = waited {
+                open.waited = Some(time);
+                if let Some(deployed) = &open.deployed {
+                    deployed.metrics.waited(time, cold);
+                }
             }
         }
     }
@@ -190,7 +202,7 @@ impl Open {
             let overhead = duration.saturating_sub(instance).saturating_sub(waited);
             deployed.metrics.invocation(self.status, duration, overhead);
         }
-        if let Some(lines) = &self.log.0 {
+        if let Some(lines) = &self.log.lines {
             let line = Line {
                 time: Timestamp::now(),
                 request_id: self.request_id,
@@ -207,7 +219,9 @@ impl Open {
                 instance_ms: self.instance_took.map(millis),
             };
             // A full channel drops the line: the log may not slow a request down.
-            _ = lines.try_send(line);
+            if lines.try_send(line).is_err() {
+                self.log.dropped.increment(1);
+            }
         }
     }
 }
@@ -242,16 +256,22 @@ struct Line {
 
 /// Where lines go: a thread of its own writes them.
 #[derive(Clone)]
-pub struct AccessLog(Option<std::sync::mpsc::SyncSender<Line>>);
+pub struct AccessLog {
+    lines: Option<std::sync::mpsc::SyncSender<Line>>,
+    dropped: Counter,
+}
 
 impl AccessLog {
     #[must_use]
     pub fn off() -> Self {
-        Self(None)
+        Self {
+            lines: None,
+            dropped: Counter::noop(),
+        }
     }
 
-    /// Lines that wait to be written are at most 16,384; more are dropped.
-    pub fn to(mut out: impl Write + Send + 'static) -> std::io::Result<Self> {
+    /// Lines that wait to be written are at most 16,384; more are dropped and counted.
+    pub fn to(mut out: impl Write + Send + 'static, dropped: Counter) -> std::io::Result<Self> {
         let (send, lines) = std::sync::mpsc::sync_channel::<Line>(16 << 10);
         thread::Builder::new()
             .name("access-log".into())
@@ -267,6 +287,9 @@ impl AccessLog {
                     buffer.clear();
                 }
             })?;
-        Ok(Self(Some(send)))
+        Ok(Self {
+            lines: Some(send),
+            dropped,
+        })
     }
 }

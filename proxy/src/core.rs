@@ -20,7 +20,9 @@ use weir_control::{
     model::{FunctionId, Key},
 };
 
-use crate::{account::AccessLog, limit::Limits, refusal::Refusal, table::Table};
+use crate::{
+    account::AccessLog, limit::Limits, metrics::ProcessMetrics, refusal::Refusal, table::Table,
+};
 
 pub struct Core {
     pub index: usize,
@@ -29,6 +31,7 @@ pub struct Core {
     pub limits: Arc<Limits>,
     pub budget: RetryBudget,
     pub log: AccessLog,
+    pub metrics: Arc<ProcessMetrics>,
     pub settings: Arc<Settings>,
     /// Requests that are open on this core; the acceptor gives the next connection to the core with the fewest.
     pub open: Arc<AtomicUsize>,

@@ -14,7 +14,7 @@ use weir_control::model::{AccountId, Deployment, FunctionState, Key, RoutingPoli
 use weir_queue::{Ask, Entered, Phase, Preference, Refused, Waiting};
 
 use crate::{
-    account::Account,
+    account::{Account, Waited},
     body::{Answer, BodyFailure, Held, Streamed},
     clock,
     core::{Caller, Core, Stopping},
@@ -104,6 +104,7 @@ pub async fn invoke(
             }
             Ok(Err(Failure::Lost)) => return Err(Refusal::InstanceLost),
             Ok(Err(Failure::NotSent(unsent, refused))) => {
+                deployed.metrics.connect_failures.increment(1);
                 set_aside(core, deployed, instance.0.as_u128());
                 core.table.signal(Signal::Suspect(instance));
                 drop(refused);
@@ -338,21 +339,23 @@ enum Expired {
     Cold,
 }
 
-/// Takes a slot at once or after a wait, and says how long the wait was since the arrival.
+/// Takes a slot at once or after a wait.
 async fn take_slot(
     core: &Arc<Core>,
     ask: &Ask,
     held: &mut Held,
     patience: &mut Patience,
     chosen: Chosen<'_>,
-) -> Result<(InstanceSlot, Option<Duration>), Refusal> {
+) -> Result<(InstanceSlot, Option<Waited>), Refusal> {
     let (_, deployed, _) = chosen;
     match deployed.queue.enter(ask.clone()) {
         Entered::Slot(slot) => Ok((slot, None)),
         Entered::Refused(refused) => Err(refusal(core, refused, deployed)),
         Entered::Waiting(waiting) => {
+            let cold = waiting.cold();
             let slot = wait(core, waiting, held, patience, chosen).await?;
-            Ok((slot, Some(patience.waited())))
+            let time = patience.waited();
+            Ok((slot, Some(Waited { time, cold })))
         }
     }
 }

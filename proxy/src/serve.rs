@@ -13,13 +13,12 @@ use std::{
 };
 
 use anyhow::Context;
-use axum::{Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     runtime,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{sleep, timeout},
 };
 use uuid::Uuid;
 use weir_control::{
@@ -29,7 +28,7 @@ use weir_control::{
     coordination::{Coordination, Load, Member, local::Local, take_part},
     directory::Directory,
     gpu,
-    model::{FunctionId, InstanceId, InstanceState, VersionId},
+    model::{FunctionId, InstanceId, VersionId},
     scale::Sample,
     store::{Store, embedded::Embedded},
 };
@@ -39,7 +38,9 @@ use crate::{
     args::{AccessLog, Auth, ServeArgs},
     core::{Core, Keys, RetryBudget, Settings, Stopping},
     limit::Limits,
+    measured::Measured,
     metrics::Metrics,
+    observe::{Observed, health_routes, upkeep},
     server::{self, Desk},
     table::Table,
 };
@@ -68,12 +69,14 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let admin = listen(args.admin)?;
     let (listen, admin_address) = (data.local_addr()?, admin.local_addr()?);
 
+    let metrics = Metrics::new()?;
+    let process = Arc::new(metrics.process());
     let store: Arc<dyn Store> = Embedded::open(&data_dir.join("weir.redb"))?;
+    let store: Arc<dyn Store> = Arc::new(Measured::new(store, process.clone()));
     let admin_key =
         auth::ensure_admin_key(&*store, &data_dir, std::env::var("WEIR_ADMIN_KEY").ok()).await?;
     let (directory, feed) = Directory::load(&*store).await?;
 
-    let metrics = Metrics::new()?;
     let coordination: Arc<dyn Coordination> = Arc::new(Local::default());
     let (signal_sender, signals) = mpsc::unbounded_channel();
     let table = Table::new(metrics.clone(), signal_sender);
@@ -114,7 +117,14 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         let (directory, watch) = (directory.clone(), coordination.watch().await?);
         tokio::spawn(async move { directory.follow_instances(watch).await })
     };
-    let decisions = Arc::new(Decisions::default());
+    let decisions = {
+        let table = table.clone();
+        Arc::new(Decisions::new(move |version, decision| {
+            if let Some(deployed) = table.deployed(version) {
+                deployed.metrics.decided(decision.reason);
+            }
+        }))
+    };
     let controller = Controller::new(
         store.clone(),
         directory.clone(),
@@ -133,12 +143,15 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let heard = coordination.signals();
     let taking_part = tokio::spawn(take_part(member, agent.clone(), reports, signals, heard));
     let limits = Arc::new(Limits::default());
-    let upkeep = tokio::spawn(upkeep(
-        metrics.clone(),
-        table.clone(),
-        directory.clone(),
-        limits.clone(),
-    ));
+    let connections = Arc::new(AtomicUsize::new(0));
+    let observed = Arc::new(Observed {
+        metrics,
+        process: process.clone(),
+        table: table.clone(),
+        directory: directory.clone(),
+        connections: connections.clone(),
+    });
+    let upkeep = tokio::spawn(upkeep(observed.clone(), limits.clone()));
 
     let open_key = (args.auth == Auth::None).then(|| {
         Arc::new(auth::admin_key(
@@ -159,23 +172,20 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         open: args.auth == Auth::None,
         max_functions: args.limits.max_functions.get(),
     });
-    let health = Health {
-        metrics,
-        table: table.clone(),
-        directory: directory.clone(),
-        stopping: stopping.clone(),
-    };
-    let router = api::router(context).merge(health_routes(health));
+    let router = api::router(context).merge(health_routes(observed, stopping.clone()));
     let admin = tokio::net::TcpListener::from_std(admin)?;
     let mut administration = tokio::spawn(axum::serve(admin, router).into_future());
 
     let log = match &args.access_log {
         AccessLog::Off => account::AccessLog::off(),
-        AccessLog::Stdout => account::AccessLog::to(std::io::stdout())?,
+        AccessLog::Stdout => {
+            account::AccessLog::to(std::io::stdout(), process.log_dropped.clone())?
+        }
         AccessLog::File(path) => {
             let file = fs::OpenOptions::new().create(true).append(true).open(path);
             account::AccessLog::to(
                 file.with_context(|| format!("the access log '{}'", path.display()))?,
+                process.log_dropped.clone(),
             )?
         }
     };
@@ -192,7 +202,6 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         h2_streams: allowed.h2_streams.get(),
         h2_window: allowed.h2_window,
     });
-    let connections = Arc::new(AtomicUsize::new(0));
     let mut desks = Vec::new();
     let mut cores = Vec::new();
     for index in 0..args.cores() {
@@ -216,6 +225,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             limits: limits.clone(),
             budget: RetryBudget::default(),
             log: log.clone(),
+            metrics: process.clone(),
             settings: settings.clone(),
             open,
             stopping: stopping.clone(),
@@ -414,79 +424,4 @@ impl api::Runtime for Facts {
         }
         counts
     }
-}
-
-/// Keeps gauges true and histograms folded, scraped or not.
-async fn upkeep(
-    metrics: Arc<Metrics>,
-    table: Arc<Table>,
-    directory: Arc<Directory>,
-    limits: Arc<Limits>,
-) {
-    let mut ticks = interval(Duration::from_secs(5));
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        gauges(&metrics, &table, &directory);
-        metrics.upkeep();
-        limits.keep(|version| table.deployed(version).is_some());
-    }
-}
-
-fn gauges(metrics: &Metrics, table: &Table, directory: &Directory) {
-    for deployed in table.all_deployed() {
-        let load = deployed.queue.load();
-        deployed.metrics.load(load.queued, load.busy, load.capacity);
-        let view = directory.view(deployed.function);
-        let instances = view
-            .as_ref()
-            .and_then(|view| view.version(deployed.version))
-            .map(|v| v.instances.as_slice());
-        let count = |state| {
-            instances
-                .unwrap_or_default()
-                .iter()
-                .filter(|i| i.state == state)
-                .count()
-        };
-        let counts = [
-            ("starting", count(InstanceState::Starting)),
-            ("ready", count(InstanceState::Ready)),
-            ("draining", count(InstanceState::Draining)),
-            ("error", count(InstanceState::Error)),
-        ];
-        metrics.instances(deployed.function, deployed.version, counts);
-    }
-}
-
-/// What `/metrics`, `/healthz` and `/readyz` of the admin listener need.
-#[derive(Clone)]
-struct Health {
-    metrics: Arc<Metrics>,
-    table: Arc<Table>,
-    directory: Arc<Directory>,
-    stopping: watch::Receiver<Stopping>,
-}
-
-fn health_routes(health: Health) -> Router {
-    Router::new()
-        .route("/healthz", get(async || "ok\n"))
-        .route(
-            "/readyz",
-            get(
-                async |State(health): State<Health>| match *health.stopping.borrow() {
-                    Stopping::No => (StatusCode::OK, "ready\n"),
-                    _ => (StatusCode::SERVICE_UNAVAILABLE, "stopping\n"),
-                },
-            ),
-        )
-        .route(
-            "/metrics",
-            get(async |State(health): State<Health>| {
-                gauges(&health.metrics, &health.table, &health.directory);
-                let headers = [("content-type", "text/plain; version=0.0.4; charset=utf-8")];
-                (headers, health.metrics.render()).into_response()
-            }),
-        )
-        .with_state(health)
 }

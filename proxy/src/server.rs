@@ -284,8 +284,11 @@ async fn answer(
         .and_then(|()| Target::of(&head))
     {
         Ok(Some(target)) => target,
-        Ok(None) => return own(unidentified(core, head.uri.path()), caller, false, account),
-        Err(refusal) => return own(Err(refusal), caller, false, account),
+        Ok(None) => {
+            let outcome = unidentified(core, head.uri.path());
+            return own(core, outcome, caller, false, account);
+        }
+        Err(refusal) => return own(core, Err(refusal), caller, false, account),
     };
     account.target(target.function, target.version);
     let request = Request::from_parts(head, body);
@@ -303,11 +306,12 @@ async fn answer(
             headers::mark(response.headers_mut(), caller.request_id, status, true);
             response
         }
-        Err(refusal) => own(Err(refusal), caller, true, account),
+        Err(refusal) => own(core, Err(refusal), caller, true, account),
     }
 }
 
 fn own(
+    core: &Core,
     outcome: Result<Response<Bytes>, Refusal>,
     caller: Caller,
     identified: bool,
@@ -317,6 +321,9 @@ fn own(
         Ok(response) => (response, None),
         Err(refusal) => (refusal.response(caller.request_id), Some(refusal.code())),
     };
+    if let Some(error) = error {
+        core.metrics.refused(error);
+    }
     let status = response.status();
     account.answered(status, error);
     account.own(response.body().len() as u64);

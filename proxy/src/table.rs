@@ -15,6 +15,7 @@ use std::{
 };
 
 use dashmap::DashMap;
+use jiff::Timestamp;
 use tokio::sync::{broadcast, mpsc};
 use uuid::Uuid;
 use weir_control::{
@@ -29,7 +30,7 @@ use weir_queue::{Limits, Queue};
 
 use crate::{
     clock,
-    metrics::{FunctionMetrics, Metrics, VersionMetrics},
+    metrics::{Metrics, VersionMetrics},
     upstream::{Backend, Connection},
 };
 
@@ -67,6 +68,8 @@ pub struct Deployed {
     service_time: AtomicU64,
     /// What the table's task last told the queue of each instance.
     told: Mutex<HashMap<InstanceId, Arc<Backend>>>,
+    /// The start and the restarts of each instance that the metrics have counted.
+    counted: Mutex<HashMap<InstanceId, (Option<Timestamp>, u32)>>,
 }
 
 impl Deployed {
@@ -177,10 +180,9 @@ impl Table {
         let view = directory.view(function);
         let versions: Vec<VersionRoute> = match &view {
             Some(view) => {
-                let per_function = self.metrics.function(function);
-                view.versions
-                    .iter()
-                    .map(|version| self.route(function, version, &per_function))
+                let versions = view.versions.iter();
+                versions
+                    .map(|version| self.route(function, version))
                     .collect()
             }
             None => Vec::new(),
@@ -216,12 +218,7 @@ impl Table {
         }
     }
 
-    fn route(
-        &self,
-        function: FunctionId,
-        view: &VersionView,
-        metrics: &Arc<FunctionMetrics>,
-    ) -> VersionRoute {
+    fn route(&self, function: FunctionId, view: &VersionView) -> VersionRoute {
         let deployed = view.deployment.as_ref().map(|deployment| {
             let limits = Limits {
                 max_requests: usize::try_from(deployment.queue.max_requests).unwrap_or(usize::MAX),
@@ -236,29 +233,20 @@ impl Table {
                     version: view.version.id,
                     deployment: deployment.id,
                     queue: Queue::new(limits, clock::now),
-                    metrics: self
-                        .metrics
-                        .version(function, view.version.id, metrics.clone()),
+                    metrics: self.metrics.version(function, view.version.id),
                     service_time: AtomicU64::new(0),
                     told: Mutex::default(),
+                    counted: Mutex::default(),
                 });
                 self.deployed.insert(view.version.id, deployed.clone());
                 deployed
             });
             deployed.queue.set_limits(limits);
             tell_instances(&deployed, &view.instances, deployment.cancel_timeout.0);
+            count_starts(&deployed, &view.instances);
             deployed
         });
-        let mut starts: Vec<Duration> = view
-            .instances
-            .iter()
-            .filter_map(|i| {
-                i.first_healthy_at?
-                    .duration_since(i.spawned_at?)
-                    .try_into()
-                    .ok()
-            })
-            .collect();
+        let mut starts: Vec<Duration> = view.instances.iter().filter_map(start_time).collect();
         starts.sort();
         let error: Option<Arc<str>> = view
             .instances
@@ -333,9 +321,35 @@ fn tell_instances(deployed: &Deployed, instances: &[Instance], cancel_timeout: D
     *told = dialled;
 }
 
+/// From its last spawn to its first healthy answer.
+fn start_time(instance: &Instance) -> Option<Duration> {
+    let healthy = instance.first_healthy_at?;
+    healthy.duration_since(instance.spawned_at?).try_into().ok()
+}
+
+/// Counts each start that came to a healthy answer and each restart, once.
+fn count_starts(deployed: &Deployed, instances: &[Instance]) {
+    let mut counted = deployed
+        .counted
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let before = std::mem::take(&mut *counted);
+    for instance in instances {
+        let (start, restarts) = before.get(&instance.id).copied().unwrap_or_default();
+        if instance.first_healthy_at != start
+            && let Some(took) = start_time(instance)
+        {
+            deployed.metrics.started(took);
+        }
+        let more = instance.restarts.saturating_sub(restarts);
+        deployed.metrics.restarted(more);
+        counted.insert(instance.id, (instance.first_healthy_at, instance.restarts));
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use jiff::{SignedDuration, Timestamp};
+    use jiff::SignedDuration;
     use weir_control::model::GpuSpecificationId;
 
     use super::*;
@@ -354,9 +368,10 @@ mod tests {
             version,
             deployment: DeploymentId(id),
             queue: Queue::new(limits, clock::now),
-            metrics: metrics.version(function, version, metrics.function(function)),
+            metrics: metrics.version(function, version),
             service_time: AtomicU64::new(0),
             told: Mutex::default(),
+            counted: Mutex::default(),
         };
         let mut instance = Instance {
             id: InstanceId(id),

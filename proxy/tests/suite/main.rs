@@ -10,6 +10,7 @@ mod crashes;
 mod instance;
 mod leaving;
 mod limits;
+mod metrics;
 mod passing;
 mod storm;
 mod support;

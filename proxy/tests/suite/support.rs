@@ -292,10 +292,15 @@ impl Server {
         .await;
     }
 
+    /// The page that Prometheus would read.
+    pub(crate) async fn metrics(&self) -> String {
+        let page = self.http.get(format!("http://{}/metrics", self.admin));
+        page.send().await.unwrap().text().await.unwrap()
+    }
+
     /// `weir_slots{state="busy"}` of a version.
     pub(crate) async fn busy(&self, function: &Function) -> f64 {
-        let page = self.http.get(format!("http://{}/metrics", self.admin));
-        let page = page.send().await.unwrap().text().await.unwrap();
+        let page = self.metrics().await;
         page.lines()
             .find(|line| {
                 line.starts_with("weir_slots{")
@@ -308,8 +313,7 @@ impl Server {
 
     /// `weir_invocations_total` of a version, by code.
     pub(crate) async fn codes(&self, function: &Function) -> Vec<(String, u64)> {
-        let page = self.http.get(format!("http://{}/metrics", self.admin));
-        let page = page.send().await.unwrap().text().await.unwrap();
+        let page = self.metrics().await;
         page.lines()
             .filter(|line| {
                 line.starts_with("weir_invocations_total{") && line.contains(&function.version)
