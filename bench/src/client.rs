@@ -12,6 +12,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::tally::Answered;
+
 /// A change reaches the proxies' tables a moment after it is acknowledged.
 const PROPAGATION: Duration = Duration::from_millis(200);
 
@@ -101,6 +103,28 @@ impl Client {
             .post(format!("{}{path_and_query}", self.url))
             .bearer_auth(&self.key)
             .header("function-id", function)
+    }
+
+    /// Sends an invocation and reads its answer to the end.
+    pub(crate) async fn answered(request: RequestBuilder) -> Answered {
+        let answer = async {
+            let response = request.send().await?;
+            let mut status = response.status().as_u16().to_string();
+            if let Some(code) = response.headers().get("x-weir-error") {
+                status.push(' ');
+                status.push_str(&String::from_utf8_lossy(code.as_bytes()));
+            }
+            response.bytes().await?;
+            Ok::<_, reqwest::Error>(status)
+        };
+        answer.await.map_err(|error| {
+            // The innermost says what went wrong, without this request's URL.
+            let mut cause: &dyn std::error::Error = &error.without_url();
+            while let Some(source) = cause.source() {
+                cause = source;
+            }
+            cause.to_string()
+        })
     }
 
     fn admin(&self, method: Method, path: &str) -> RequestBuilder {

@@ -1,15 +1,20 @@
 //! Shows what Weir costs and what it does, from outside: a sample function to
-//! call, the replay of a trace, cold starts, memory. It speaks HTTP to a
+//! call, load, the replay of a trace, cold starts, memory. It speaks HTTP to a
 //! running `weir serve` and shares no code with it.
 
 mod client;
+pub mod load;
 pub mod memory;
 pub mod replay;
 pub mod sample;
+mod tally;
 pub mod wake;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Bench {
+    /// Call a function at a rate, or by so many callers, and show throughput
+    /// and latencies
+    Load(load::LoadArgs),
     /// Send the requests of an Azure LLM trace at the trace's times, and
     /// compare the instance-seconds used with the least possible
     Replay(replay::ReplayArgs),
@@ -21,6 +26,7 @@ pub enum Bench {
 
 pub async fn run(bench: Bench) -> anyhow::Result<()> {
     match bench {
+        Bench::Load(args) => load::load(args).await,
         Bench::Replay(args) => replay::replay(args).await,
         Bench::Wake(args) => wake::wake(args).await,
         Bench::Memory(args) => memory::memory(args).await,

@@ -30,13 +30,12 @@
 //! and the ratio is then to be read with the waits. What none can go below is
 //! all service times divided by the slots, which is shown beside it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use hdrhistogram::Histogram;
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -45,6 +44,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::client::{Client, TargetArgs, Version, deleting, iso, parse_duration, raise_files};
+use crate::tally::{Answered, Counted, Quantiles, Tally};
 
 mod bound;
 mod report;
@@ -116,9 +116,7 @@ struct Planned {
 
 /// What came of one request.
 struct Outcome {
-    /// A status, with Weir's error code where there is one; or why there was
-    /// no whole answer.
-    answer: Result<String, String>,
+    answer: Answered,
     /// Latency less service time.
     wait: Duration,
 }
@@ -154,10 +152,9 @@ struct Watched {
 struct Summary {
     trace: String,
     speed: f64,
-    requests: usize,
-    answered: BTreeMap<String, u64>,
-    errors: BTreeMap<String, u64>,
-    wait_milliseconds: Waits,
+    #[serde(flatten)]
+    counted: Counted,
+    wait_milliseconds: Quantiles,
     instances_started: usize,
     /// Rises from no instance to one.
     cold_starts: usize,
@@ -169,14 +166,6 @@ struct Summary {
     ratio: Option<f64>,
     samples_missed: u64,
     instances: Vec<Count>,
-}
-
-#[derive(Debug, Serialize)]
-struct Waits {
-    p50: f64,
-    p90: f64,
-    p99: f64,
-    max: f64,
 }
 
 pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
@@ -211,10 +200,9 @@ pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
         std::fs::write(path, serde_json::to_vec_pretty(&summary)?)
             .with_context(|| format!("could not write {}", path.display()))?;
     }
-    let good = summary.answered.get("200").copied().unwrap_or(0);
-    let bad = summary.requests as u64 - good;
-    if bad > 0 {
-        bail!("{bad} of {} requests were not answered 200", plan.len());
+    let failed = summary.counted.failed();
+    if failed > 0 {
+        bail!("{failed} of {} requests were not answered 200", plan.len());
     }
     Ok(())
 }
@@ -352,25 +340,7 @@ async fn send(
 ) -> Outcome {
     let ms = planned.service.as_secs_f64() * 1e3;
     let path = format!("/infer?ms={ms:.3}&bytes={}", planned.bytes);
-    let answer = async {
-        let response = client.invoke(&function, &path).send().await?;
-        let mut status = response.status().as_u16().to_string();
-        if let Some(code) = response.headers().get("x-weir-error") {
-            status.push(' ');
-            status.push_str(&String::from_utf8_lossy(code.as_bytes()));
-        }
-        response.bytes().await?;
-        Ok::<_, reqwest::Error>(status)
-    }
-    .await
-    .map_err(|error| {
-        // The innermost says what went wrong, without this request's URL.
-        let mut cause: &dyn std::error::Error = &error.without_url();
-        while let Some(source) = cause.source() {
-            cause = source;
-        }
-        cause.to_string()
-    });
+    let answer = Client::answered(client.invoke(&function, &path)).await;
     bar.inc(1);
     Outcome {
         answer,
@@ -439,33 +409,17 @@ fn summarize(
     least: f64,
     work: f64,
 ) -> anyhow::Result<Summary> {
-    let mut waits = Histogram::<u64>::new(3)?;
-    let mut answered = BTreeMap::new();
-    let mut errors = BTreeMap::new();
+    let mut tally = Tally::new()?;
     for outcome in outcomes {
-        let tally = match &outcome.answer {
-            Ok(status) => {
-                waits.record(outcome.wait.as_micros() as u64)?;
-                answered.entry(status.clone())
-            }
-            Err(error) => errors.entry(error.clone()),
-        };
-        *tally.or_insert(0) += 1;
+        tally.add(&outcome.answer, outcome.wait);
     }
-    let ms = |micros: u64| micros as f64 / 1e3;
+    let counted = tally.count();
     let used = instance_seconds(&watched.counts);
     Ok(Summary {
         trace: file_name(&args.trace),
         speed: args.speed,
-        requests: outcomes.len(),
-        answered,
-        errors,
-        wait_milliseconds: Waits {
-            p50: ms(waits.value_at_quantile(0.5)),
-            p90: ms(waits.value_at_quantile(0.9)),
-            p99: ms(waits.value_at_quantile(0.99)),
-            max: ms(waits.max()),
-        },
+        wait_milliseconds: counted.times,
+        counted,
         instances_started: watched.ids.len(),
         cold_starts: cold_starts(&watched.counts),
         instance_seconds: used,

@@ -10,24 +10,10 @@ const WIDTH: usize = 64;
 pub(super) fn render(summary: &Summary) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
+    summary.counted.rows(&mut table, "wait");
     let mut row = |name: &str, value: String| {
         table.add_row([name.to_owned(), value]);
     };
-    row("requests", summary.requests.to_string());
-    for (status, count) in &summary.answered {
-        row(&format!("answered {status}"), count.to_string());
-    }
-    for (error, count) in &summary.errors {
-        row(&format!("error: {error}"), count.to_string());
-    }
-    let waits = &summary.wait_milliseconds;
-    row(
-        "wait p50 / p90 / p99 / max",
-        format!(
-            "{:.1} / {:.1} / {:.1} / {:.1} ms",
-            waits.p50, waits.p90, waits.p99, waits.max
-        ),
-    );
     row("instances started", summary.instances_started.to_string());
     row("cold starts (from none)", summary.cold_starts.to_string());
     row(

@@ -1,0 +1,103 @@
+//! What came of a run's requests: answers by status, and how long they took.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use comfy_table::Table;
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+/// A whole answer's status, with Weir's error code where there is one; or why there was no whole answer.
+pub(crate) type Answered = Result<String, String>;
+
+pub(crate) struct Tally {
+    answered: BTreeMap<String, u64>,
+    errors: BTreeMap<String, u64>,
+    /// Of the whole answers, in microseconds.
+    times: Histogram<u64>,
+}
+
+/// What a [`Tally`] came to, as `--json` writes it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Counted {
+    pub(crate) requests: u64,
+    /// By status.
+    pub(crate) answered: BTreeMap<String, u64>,
+    /// By cause.
+    pub(crate) errors: BTreeMap<String, u64>,
+    #[serde(skip)]
+    pub(crate) times: Quantiles,
+}
+
+/// In milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Quantiles {
+    pub(crate) p50: f64,
+    pub(crate) p90: f64,
+    pub(crate) p99: f64,
+    pub(crate) max: f64,
+}
+
+impl Tally {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            answered: BTreeMap::new(),
+            errors: BTreeMap::new(),
+            times: Histogram::new(3)?,
+        })
+    }
+
+    pub(crate) fn add(&mut self, answer: &Answered, took: Duration) {
+        let count = match answer {
+            Ok(status) => {
+                // An auto-resizing histogram takes any number.
+                _ = self.times.record(took.as_micros() as u64);
+                self.answered.entry(status.clone())
+            }
+            Err(cause) => self.errors.entry(cause.clone()),
+        };
+        *count.or_insert(0) += 1;
+    }
+
+    pub(crate) fn count(self) -> Counted {
+        let ms = |quantile| self.times.value_at_quantile(quantile) as f64 / 1e3;
+        let times = Quantiles {
+            p50: ms(0.5),
+            p90: ms(0.9),
+            p99: ms(0.99),
+            max: self.times.max() as f64 / 1e3,
+        };
+        Counted {
+            requests: self.answered.values().chain(self.errors.values()).sum(),
+            answered: self.answered,
+            errors: self.errors,
+            times,
+        }
+    }
+}
+
+impl Counted {
+    /// Those that were not answered 200.
+    pub(crate) fn failed(&self) -> u64 {
+        self.requests - self.answered.get("200").copied().unwrap_or(0)
+    }
+
+    /// One row for the requests, one for each answer, and one for the times.
+    pub(crate) fn rows(&self, table: &mut Table, times: &str) {
+        let mut row = |name: String, value: String| {
+            table.add_row([name, value]);
+        };
+        row("requests".into(), self.requests.to_string());
+        for (status, count) in &self.answered {
+            row(format!("answered {status}"), count.to_string());
+        }
+        for (cause, count) in &self.errors {
+            row(format!("error: {cause}"), count.to_string());
+        }
+        let Quantiles { p50, p90, p99, max } = self.times;
+        row(
+            format!("{times} p50 / p90 / p99 / max"),
+            format!("{p50:.1} / {p90:.1} / {p99:.1} / {max:.1} ms"),
+        );
+    }
+}
