@@ -218,9 +218,10 @@ fn invokable(version: &VersionRoute) -> Result<Chosen<'_>, Refusal> {
                 .as_ref()
                 .map(|why| format!(" ({why})"))
                 .unwrap_or_default(),
-            retry_after: version
-                .starting
-                .then(|| version.start_time.unwrap_or(Duration::from_secs(1))),
+            retry_after: version.starting.then(|| {
+                let known = version.deployed.as_ref().and_then(|d| d.start_time());
+                known.unwrap_or(Duration::from_secs(1))
+            }),
         }),
     }
 }
@@ -369,7 +370,7 @@ async fn wait(
     mut waiting: Waiting<Arc<Backend>, Connection>,
     held: &mut Held,
     patience: &mut Patience,
-    (version, deployed, deployment): Chosen<'_>,
+    (_, deployed, deployment): Chosen<'_>,
 ) -> Result<InstanceSlot, Refusal> {
     if waiting.first() || waiting.cold() {
         core.table
@@ -388,8 +389,8 @@ async fn wait(
                     },
                     Expired::Cold => Refusal::StartTimeout {
                         waited,
-                        retry_after: version
-                            .start_time
+                        retry_after: deployed
+                            .start_time()
                             .unwrap_or_default()
                             .saturating_sub(waited),
                     },

@@ -6,7 +6,7 @@
 //! deployment: views come and go around it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -34,6 +34,9 @@ use crate::{
     upstream::{Backend, Connection},
 };
 
+/// So many starts tell how long the next one takes.
+const STARTS: usize = 9;
+
 pub type VersionQueue = Queue<Arc<Backend>, Connection>;
 
 /// A function as the request path sees it.
@@ -51,8 +54,6 @@ pub struct VersionRoute {
     pub deployed: Option<Arc<Deployed>>,
     pub deployment: Option<Arc<Deployment>>,
     pub starting: bool,
-    /// How long its last starts took (median), where one is known.
-    pub start_time: Option<Duration>,
     /// Why its instances fail, where one does.
     pub error: Option<Arc<str>>,
 }
@@ -68,11 +69,46 @@ pub struct Deployed {
     service_time: AtomicU64,
     /// What the table's task last told the queue of each instance.
     told: Mutex<HashMap<InstanceId, Arc<Backend>>>,
-    /// The start and the restarts of each instance that the metrics have counted.
+    /// How long the last starts of its instances took, the newest last.
+    starts: Mutex<VecDeque<Duration>>,
+    /// The start and the restarts of each instance that were counted.
     counted: Mutex<HashMap<InstanceId, (Option<Timestamp>, u32)>>,
 }
 
 impl Deployed {
+    fn new(deployment: &Deployment, limits: Limits, metrics: &Arc<Metrics>) -> Self {
+        let (function, version) = (deployment.function, deployment.version);
+        Self {
+            function,
+            version,
+            deployment: deployment.id,
+            queue: Queue::new(limits, clock::now),
+            metrics: metrics.version(function, version),
+            service_time: AtomicU64::new(0),
+            told: Mutex::default(),
+            starts: Mutex::default(),
+            counted: Mutex::default(),
+        }
+    }
+
+    /// Remembers how long an instance's start took.
+    fn started(&self, took: Duration) {
+        let mut starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        if starts.len() == STARTS {
+            starts.pop_front();
+        }
+        starts.push_back(took);
+    }
+
+    /// The median of the last starts, also of instances that are gone by now; `None` before the first.
+    #[must_use]
+    pub fn start_time(&self) -> Option<Duration> {
+        let starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sorted: Vec<Duration> = starts.iter().copied().collect();
+        sorted.sort_unstable();
+        sorted.get(sorted.len() / 2).copied()
+    }
+
     pub fn served(&self, took: Duration) {
         let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
         let average = self.service_time.load(Ordering::Relaxed);
@@ -181,9 +217,7 @@ impl Table {
         let versions: Vec<VersionRoute> = match &view {
             Some(view) => {
                 let versions = view.versions.iter();
-                versions
-                    .map(|version| self.route(function, version))
-                    .collect()
+                versions.map(|version| self.route(version)).collect()
             }
             None => Vec::new(),
         };
@@ -218,7 +252,7 @@ impl Table {
         }
     }
 
-    fn route(&self, function: FunctionId, view: &VersionView) -> VersionRoute {
+    fn route(&self, view: &VersionView) -> VersionRoute {
         let deployed = view.deployment.as_ref().map(|deployment| {
             let limits = Limits {
                 max_requests: usize::try_from(deployment.queue.max_requests).unwrap_or(usize::MAX),
@@ -228,16 +262,7 @@ impl Table {
                 .deployed(view.version.id)
                 .filter(|known| known.deployment == deployment.id);
             let deployed = known.unwrap_or_else(|| {
-                let deployed = Arc::new(Deployed {
-                    function,
-                    version: view.version.id,
-                    deployment: deployment.id,
-                    queue: Queue::new(limits, clock::now),
-                    metrics: self.metrics.version(function, view.version.id),
-                    service_time: AtomicU64::new(0),
-                    told: Mutex::default(),
-                    counted: Mutex::default(),
-                });
+                let deployed = Arc::new(Deployed::new(deployment, limits, &self.metrics));
                 self.deployed.insert(view.version.id, deployed.clone());
                 deployed
             });
@@ -246,8 +271,6 @@ impl Table {
             count_starts(&deployed, &view.instances);
             deployed
         });
-        let mut starts: Vec<Duration> = view.instances.iter().filter_map(start_time).collect();
-        starts.sort();
         let error: Option<Arc<str>> = view
             .instances
             .iter()
@@ -267,7 +290,6 @@ impl Table {
                 .instances
                 .iter()
                 .any(|i| i.state == InstanceState::Starting),
-            start_time: starts.get(starts.len() / 2).copied(),
             error,
         }
     }
@@ -340,6 +362,7 @@ fn count_starts(deployed: &Deployed, instances: &[Instance]) {
             && let Some(took) = start_time(instance)
         {
             deployed.metrics.started(took);
+            deployed.started(took);
         }
         let more = instance.restarts.saturating_sub(restarts);
         deployed.metrics.restarted(more);
@@ -350,56 +373,92 @@ fn count_starts(deployed: &Deployed, instances: &[Instance]) {
 #[cfg(test)]
 mod tests {
     use jiff::SignedDuration;
-    use weir_control::model::GpuSpecificationId;
+    use weir_control::model::{
+        Autoscaling, GpuSpecificationId, IsoDuration, QueueSettings, Routing,
+    };
 
     use super::*;
 
-    #[test]
-    fn a_restart_ends_the_time_that_an_instance_is_set_aside() {
+    const LIMITS: Limits = Limits {
+        max_requests: 1,
+        max_bytes: 1,
+    };
+
+    fn deployed_and_instance() -> (Deployed, Instance) {
+        let now = Timestamp::now();
+        let deployment = Deployment {
+            id: DeploymentId::random(),
+            function: FunctionId::random(),
+            version: VersionId::random(),
+            specifications: Vec::new(),
+            autoscaling: Autoscaling::default(),
+            queue: QueueSettings::default(),
+            routing: Routing::default(),
+            traffic_weight: None,
+            start_timeout: IsoDuration::secs(1),
+            drain_timeout: IsoDuration::secs(1),
+            cancel_timeout: IsoDuration::secs(1),
+            created_at: now,
+            updated_at: now,
+            undeploying: false,
+        };
         let metrics = Metrics::new().unwrap();
-        let id = Uuid::new_v4();
-        let (function, version) = (FunctionId(id), VersionId(id));
-        let limits = Limits {
-            max_requests: 1,
-            max_bytes: 1,
-        };
-        let deployed = Deployed {
-            function,
-            version,
-            deployment: DeploymentId(id),
-            queue: Queue::new(limits, clock::now),
-            metrics: metrics.version(function, version),
-            service_time: AtomicU64::new(0),
-            told: Mutex::default(),
-            counted: Mutex::default(),
-        };
-        let mut instance = Instance {
-            id: InstanceId(id),
-            function_id: function,
-            function_version_id: version,
-            deployment_id: DeploymentId(id),
-            gpu_specification_id: GpuSpecificationId(id),
+        let instance = Instance {
+            id: InstanceId::random(),
+            function_id: deployment.function,
+            function_version_id: deployment.version,
+            deployment_id: deployment.id,
+            gpu_specification_id: GpuSpecificationId::random(),
             node: "local".into(),
             state: InstanceState::Ready,
             address: Some(([127, 0, 0, 1], 1).into()),
             capacity: 1,
             pid: None,
-            created_at: Timestamp::now(),
-            spawned_at: Some(Timestamp::now()),
+            created_at: now,
+            spawned_at: Some(now),
             first_healthy_at: None,
             restarts: 0,
             error: None,
             gpus: Vec::new(),
         };
+        (Deployed::new(&deployment, LIMITS, &metrics), instance)
+    }
+
+    #[test]
+    fn a_restart_ends_the_time_that_an_instance_is_set_aside() {
+        let (deployed, mut instance) = deployed_and_instance();
         let tell = |instance: &Instance| {
             tell_instances(&deployed, std::slice::from_ref(instance), Duration::ZERO);
             deployed.queue.load().ready_instances
         };
         assert_eq!(tell(&instance), 1);
-        deployed.queue.eject(id.as_u128());
+        deployed.queue.eject(instance.id.0.as_u128());
         assert_eq!(tell(&instance), 0);
         // The same ID and address, and another process.
         instance.spawned_at = Some(Timestamp::now() + SignedDuration::from_secs(1));
         assert_eq!(tell(&instance), 1);
+    }
+
+    #[test]
+    fn the_start_time_is_the_median_of_the_last_starts_also_of_instances_that_went() {
+        let (deployed, mut instance) = deployed_and_instance();
+        let spawned = instance.spawned_at.unwrap();
+        assert_eq!(deployed.start_time(), None);
+        let mut start = |seconds: i64| {
+            instance.id = InstanceId::random();
+            instance.first_healthy_at = Some(spawned + SignedDuration::from_secs(seconds));
+            // Twice: a start counts once.
+            count_starts(&deployed, std::slice::from_ref(&instance));
+            count_starts(&deployed, std::slice::from_ref(&instance));
+            count_starts(&deployed, &[]);
+            deployed.start_time().map(|time| time.as_secs())
+        };
+        assert_eq!(start(1), Some(1));
+        assert_eq!(start(7), Some(7));
+        assert_eq!(start(3), Some(3));
+        for _ in 0..STARTS {
+            start(20);
+        }
+        assert_eq!(deployed.start_time(), Some(Duration::from_secs(20)));
     }
 }
