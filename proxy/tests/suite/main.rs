@@ -12,6 +12,8 @@ mod leaving;
 mod limits;
 mod metrics;
 mod passing;
+mod restart;
+mod states;
 mod storm;
 mod support;
 mod waiting;

@@ -256,11 +256,7 @@ impl Server {
     }
 
     pub(crate) async fn status(&self, function: &Function) -> String {
-        let path = format!(
-            "/v2/nvcf/functions/{}/versions/{}",
-            function.id, function.version
-        );
-        text(&self.get(&path).await["function"]["status"])
+        text(&self.get(&function.path()).await["function"]["status"])
     }
 
     /// A version's instances in a state; all where it is empty.
@@ -490,11 +486,15 @@ pub(crate) struct Function {
 }
 
 impl Function {
-    fn of(answer: &Value) -> Self {
+    pub(crate) fn of(answer: &Value) -> Self {
         Self {
             id: text(&answer["function"]["id"]),
             version: text(&answer["function"]["versionId"]),
         }
+    }
+
+    pub(crate) fn path(&self) -> String {
+        format!("/v2/nvcf/functions/{}/versions/{}", self.id, self.version)
     }
 
     /// Path of its deployment.
