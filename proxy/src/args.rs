@@ -17,7 +17,7 @@ use std::{
 use clap::{CommandFactory, FromArgMatches, error::ErrorKind, parser::ValueSource};
 use weir_control::model::IsoDuration;
 
-use crate::cli;
+use crate::{cli, tls::Files};
 
 /// A proxy for serverless GPU functions that speaks NVIDIA Cloud Functions' API
 #[derive(Debug, clap::Parser)]
@@ -123,7 +123,80 @@ pub struct ServeArgs {
     pub cores: Option<NonZeroUsize>,
 
     #[command(flatten)]
+    pub tls: TlsArgs,
+
+    #[command(flatten)]
     pub limits: LimitArgs,
+}
+
+/// Certificates of the listeners. The files are read again when they change.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "TLS")]
+pub struct TlsArgs {
+    /// PEM file with the data plane's certificate and its chain, a comma list for several names; the first is for
+    /// clients that name no other [default: no TLS]
+    #[arg(
+        long,
+        env = "WEIR_TLS_CERT",
+        value_name = "FILE",
+        value_delimiter = ','
+    )]
+    pub tls_cert: Vec<PathBuf>,
+
+    /// PEM file with the private key of each --tls-cert, in the same order
+    #[arg(long, env = "WEIR_TLS_KEY", value_name = "FILE", value_delimiter = ',')]
+    pub tls_key: Vec<PathBuf>,
+
+    /// As --tls-cert, for the admin listener
+    #[arg(
+        long,
+        env = "WEIR_ADMIN_TLS_CERT",
+        value_name = "FILE",
+        value_delimiter = ','
+    )]
+    pub admin_tls_cert: Vec<PathBuf>,
+
+    /// As --tls-key, for the admin listener
+    #[arg(
+        long,
+        env = "WEIR_ADMIN_TLS_KEY",
+        value_name = "FILE",
+        value_delimiter = ','
+    )]
+    pub admin_tls_key: Vec<PathBuf>,
+
+    /// Lowest version of TLS that is spoken, on both listeners
+    #[arg(long, env = "WEIR_TLS_MIN_VERSION", default_value = "1.2")]
+    pub tls_min_version: TlsVersion,
+}
+
+impl TlsArgs {
+    /// Of the data plane; none means no TLS.
+    #[must_use]
+    pub fn data(&self) -> Vec<Files> {
+        pairs(&self.tls_cert, &self.tls_key)
+    }
+
+    /// Of the admin listener.
+    #[must_use]
+    pub fn admin(&self) -> Vec<Files> {
+        pairs(&self.admin_tls_cert, &self.admin_tls_key)
+    }
+}
+
+fn pairs(certificates: &[PathBuf], keys: &[PathBuf]) -> Vec<Files> {
+    let pairs = certificates.iter().cloned().zip(keys.iter().cloned());
+    pairs
+        .map(|(certificate, key)| Files { certificate, key })
+        .collect()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TlsVersion {
+    #[value(name = "1.2")]
+    V1_2,
+    #[value(name = "1.3")]
+    V1_3,
 }
 
 /// What callers may use of the data plane. Bytes are a number, or one with KiB, MiB or GiB.
@@ -360,6 +433,18 @@ fn check(serve: &ServeArgs) -> Result<(), String> {
             ));
         }
     }
+    let tls = &serve.tls;
+    for (name, certificates, keys) in [
+        ("tls", &tls.tls_cert, &tls.tls_key),
+        ("admin-tls", &tls.admin_tls_cert, &tls.admin_tls_key),
+    ] {
+        let (certificates, keys) = (certificates.len(), keys.len());
+        if certificates != keys {
+            return Err(format!(
+                "--{name}-cert and --{name}-key belong together: there are {certificates} certificates and {keys} keys"
+            ));
+        }
+    }
     Ok(())
 }
 
@@ -579,6 +664,23 @@ mod tests {
             let error = serve(&["--auth", "none", flag, "0.0.0.0:80"]).unwrap_err();
             assert!(error.contains(flag), "{error}");
         }
+    }
+
+    #[test]
+    fn certificates_and_keys_come_in_pairs() {
+        let args = serve(&["--tls-cert", "a,b", "--tls-key", "c,d"]).unwrap();
+        let pair = |certificate: &str, key: &str| Files {
+            certificate: certificate.into(),
+            key: key.into(),
+        };
+        assert_eq!(args.tls.data(), [pair("a", "c"), pair("b", "d")]);
+        assert_eq!(args.tls.admin(), []);
+        let error = serve(&["--admin-tls-cert", "a"]).unwrap_err();
+        assert!(error.contains("--admin-tls-key"), "{error}");
+        let file = file("tls-cert = ['a', 'b']\ntls-key = 'c'");
+        let path = file.path().to_str().unwrap();
+        let error = serve(&["--config", path]).unwrap_err();
+        assert!(error.contains("2 certificates and 1 keys"), "{error}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::{
 use http::{HeaderMap, header};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, sync::watch};
+use tokio_rustls::TlsAcceptor;
 use uuid::Uuid;
 use weir_control::{
     auth::{self, Denied},
@@ -33,6 +34,8 @@ pub struct Core {
     pub log: AccessLog,
     pub metrics: Arc<ProcessMetrics>,
     pub settings: Arc<Settings>,
+    /// Where the data plane speaks TLS.
+    pub tls: Option<TlsAcceptor>,
     /// Requests that are open on this core; the acceptor gives the next connection to the core with the fewest.
     pub open: Arc<AtomicUsize>,
     pub stopping: watch::Receiver<Stopping>,
@@ -81,6 +84,16 @@ pub struct Settings {
 pub struct Caller {
     pub request_id: Uuid,
     pub peer: IpAddr,
+    pub scheme: Scheme,
+}
+
+/// How a caller speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    Http,
+    Https,
+    /// HTTP where TLS is asked for: it is told so.
+    HttpOnTls,
 }
 
 impl Core {

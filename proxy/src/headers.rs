@@ -1,13 +1,13 @@
 //! What changes on a head between caller and instance.
 
-use std::{net::IpAddr, sync::LazyLock};
+use std::sync::LazyLock;
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use uuid::Uuid;
 use weir_control::model::Version;
 
 use crate::{
-    core::Settings,
+    core::{Caller, Scheme, Settings},
     refusal::{ERROR_HEADER, Refusal},
 };
 
@@ -133,8 +133,7 @@ pub fn within(request: &Parts, settings: &Settings) -> Result<(), Refusal> {
 /// Makes the caller's head into the instance's.
 pub fn forward(
     request: &mut Parts,
-    request_id: Uuid,
-    peer: IpAddr,
+    caller: &Caller,
     version: &Version,
     subject: &str,
     account: &str,
@@ -168,7 +167,8 @@ pub fn forward(
     };
     set(
         "nvcf-reqid",
-        request_id
+        caller
+            .request_id
             .as_hyphenated()
             .encode_lower(&mut Uuid::encode_buffer()),
     );
@@ -191,8 +191,12 @@ pub fn forward(
             .as_hyphenated()
             .encode_lower(&mut Uuid::encode_buffer()),
     );
-    set("x-forwarded-for", &peer.to_string());
-    set("x-forwarded-proto", "http");
+    set("x-forwarded-for", &caller.peer.to_string());
+    let proto = match caller.scheme {
+        Scheme::Https => "https",
+        Scheme::Http | Scheme::HttpOnTls => "http",
+    };
+    set("x-forwarded-proto", proto);
     if let Some(host) = &host {
         headers.insert(HeaderName::from_static("x-forwarded-host"), host.clone());
     }
@@ -204,7 +208,7 @@ pub fn forward(
     if !headers.contains_key(&TRACE_PARENT) {
         let span = format!(
             "00-{}-{:016x}-00",
-            request_id.as_simple(),
+            caller.request_id.as_simple(),
             rand::random::<u64>() | 1
         );
         if let Ok(value) = HeaderValue::from_str(&span) {

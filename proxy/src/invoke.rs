@@ -70,8 +70,7 @@ pub async fn invoke(
 
     headers::forward(
         &mut head,
-        caller.request_id,
-        caller.peer,
+        caller,
         &version.version,
         &key.id.to_string(),
         &key.account.0,

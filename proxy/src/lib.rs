@@ -3,8 +3,8 @@
 //! A request's way, module by module: [`server`] accepts it, [`target`] says
 //! which function it is for, [`invoke`] is its whole life, [`table`] has what
 //! is known of the function, [`upstream`] brings it to an instance, [`body`]
-//! streams, [`account`] writes down how it ended, [`activity`] times connections. [`refusal`] is every answer
-//! of Weir's own.
+//! streams, [`account`] writes down how it ended, [`activity`] times connections, [`tls`] has
+//! their certificates. [`refusal`] is every answer of Weir's own.
 //!
 //! [`args`] is what the command line says, [`serve`] joins the parts into a
 //! running process, [`cli`] is every other command.
@@ -28,4 +28,5 @@ pub mod server;
 pub mod socket;
 pub mod table;
 pub mod target;
+pub mod tls;
 pub mod upstream;

@@ -58,16 +58,18 @@ const RESTARTS: &str = "weir_instance_restarts_total";
 const DECISIONS: &str = "weir_scale_decisions_total";
 const STORE_ERRORS: &str = "weir_store_errors_total";
 const LOG_DROPPED: &str = "weir_access_log_dropped_total";
+const HANDSHAKES_FAILED: &str = "weir_tls_handshake_failures_total";
 
 const QUEUE_DEPTH: &str = "weir_queue_depth";
 const QUEUE_LIMIT: &str = "weir_queue_limit";
 const SLOTS: &str = "weir_slots";
 const INSTANCES: &str = "weir_instances";
 const CONNECTIONS: &str = "weir_connections";
+const CERTIFICATE_EXPIRY: &str = "weir_tls_certificate_expiry_timestamp_seconds";
 const BUILD: &str = "weir_build_info";
 
 /// Name and help.
-const COUNTERS: [(&str, &str); 8] = [
+const COUNTERS: [(&str, &str); 9] = [
     (
         INVOCATIONS,
         "Invocations by their final status code; 499: the caller left",
@@ -96,6 +98,10 @@ const COUNTERS: [(&str, &str); 8] = [
     (
         LOG_DROPPED,
         "Lines that the access log lost since it could not be written fast enough",
+    ),
+    (
+        HANDSHAKES_FAILED,
+        "Connections whose TLS handshake failed, by listener",
     ),
 ];
 
@@ -139,12 +145,16 @@ const HISTOGRAMS: [(&str, &[f64], &str); 7] = [
 ];
 
 /// Name and help.
-const GAUGES: [(&str, &str); 6] = [
+const GAUGES: [(&str, &str); 7] = [
     (QUEUE_DEPTH, "Invocations that wait for a slot"),
     (QUEUE_LIMIT, "Invocations that may wait: queue.maxRequests"),
     (SLOTS, "Slots of the ready instances, busy and free"),
     (INSTANCES, "Instances by state"),
     (CONNECTIONS, "Open connections of callers"),
+    (
+        CERTIFICATE_EXPIRY,
+        "When the first of a listener's certificates expires, in seconds since 1970",
+    ),
     (BUILD, "1; the label tells the version of Weir"),
 ];
 
@@ -280,7 +290,14 @@ impl Metrics {
             log_dropped: self.counter(LOG_DROPPED, &[], None),
             connections: self.gauge(CONNECTIONS, &[], None),
             build: self.gauge(BUILD, &[], Some(build)),
+            handshakes_failed: Listener::ALL
+                .map(|listener| self.counter(HANDSHAKES_FAILED, &[], Some(listener.label()))),
         }
+    }
+
+    /// Of a listener that speaks TLS.
+    pub fn certificate_expiry(&self, listener: Listener) -> Gauge {
+        self.gauge(CERTIFICATE_EXPIRY, &[], Some(listener.label()))
     }
 
     /// The page that Prometheus scrapes, without the series that `lives` denies.
@@ -380,6 +397,25 @@ impl VersionMetrics {
     }
 }
 
+/// The two listeners, as a label tells them apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listener {
+    Data,
+    Admin,
+}
+
+impl Listener {
+    const ALL: [Self; 2] = [Self::Data, Self::Admin];
+
+    fn label(self) -> Label {
+        let name = match self {
+            Self::Data => "data",
+            Self::Admin => "admin",
+        };
+        Label::new("listener", name)
+    }
+}
+
 /// The metrics of the process as a whole.
 pub struct ProcessMetrics {
     refusals: Family<&'static str>,
@@ -389,6 +425,7 @@ pub struct ProcessMetrics {
     pub log_dropped: Counter,
     connections: Gauge,
     build: Gauge,
+    handshakes_failed: [Counter; 2],
 }
 
 impl ProcessMetrics {
@@ -408,6 +445,14 @@ impl ProcessMetrics {
         self.store_lag.record(after.as_secs_f64());
     }
 
+    pub fn handshake_failed(&self, listener: Listener) {
+        self.handshakes_failed(listener).increment(1);
+    }
+
+    pub fn handshakes_failed(&self, listener: Listener) -> &Counter {
+        &self.handshakes_failed[listener as usize]
+    }
+
     /// Sets what is looked at and not counted, and keeps the rest from being forgotten.
     pub fn touch(&self, connections: usize) {
         self.connections.set(connections as f64);
@@ -415,5 +460,8 @@ impl ProcessMetrics {
         self.refusals.touch();
         self.store_errors.touch();
         self.log_dropped.increment(0);
+        for failed in &self.handshakes_failed {
+            failed.increment(0);
+        }
     }
 }

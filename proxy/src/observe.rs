@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use ::metrics::Gauge;
 use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
 use tokio::{
     sync::watch,
@@ -25,6 +26,7 @@ use crate::{
     limit::Limits,
     metrics::{self, Metrics, ProcessMetrics, Series},
     table::Table,
+    tls::Certificates,
 };
 
 /// What gauges are read from.
@@ -35,6 +37,8 @@ pub struct Observed {
     pub directory: Arc<Directory>,
     /// Of callers.
     pub connections: Arc<AtomicUsize>,
+    /// Of the listeners that speak TLS, and where their end is shown.
+    pub certificates: Vec<(Gauge, Arc<Certificates>)>,
 }
 
 impl Observed {
@@ -57,6 +61,9 @@ impl Observed {
                 .metrics
                 .instances(|state| instances.iter().filter(|i| i.state == state).count());
             deployed.metrics.touch();
+        }
+        for (expiry, certificates) in &self.certificates {
+            expiry.set(certificates.expires() as f64);
         }
         self.process.touch(self.connections.load(Ordering::Relaxed));
     }

@@ -39,10 +39,11 @@ use crate::{
     core::{Core, Keys, RetryBudget, Settings, Stopping},
     limit::Limits,
     measured::Measured,
-    metrics::Metrics,
+    metrics::{Listener, Metrics},
     observe::{Observed, health_routes, upkeep},
     server::{self, Desk},
     table::Table,
+    tls::{self, Certificates, Files},
 };
 
 const NODE: &str = "local";
@@ -68,6 +69,9 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let data = listen(args.listen)?;
     let admin = listen(args.admin)?;
     let (listen, admin_address) = (data.local_addr()?, admin.local_addr()?);
+
+    let data_certificates = certificates(args.tls.data())?;
+    let admin_certificates = certificates(args.tls.admin())?;
 
     let metrics = Metrics::new()?;
     let process = Arc::new(metrics.process());
@@ -142,6 +146,16 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     };
     let heard = coordination.signals();
     let taking_part = tokio::spawn(take_part(member, agent.clone(), reports, signals, heard));
+    let mut shown = Vec::new();
+    for (listener, certificates) in [
+        (Listener::Data, &data_certificates),
+        (Listener::Admin, &admin_certificates),
+    ] {
+        if let Some(certificates) = certificates {
+            tokio::spawn(certificates.clone().follow());
+            shown.push((metrics.certificate_expiry(listener), certificates.clone()));
+        }
+    }
     let limits = Arc::new(Limits::default());
     let connections = Arc::new(AtomicUsize::new(0));
     let observed = Arc::new(Observed {
@@ -150,6 +164,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         table: table.clone(),
         directory: directory.clone(),
         connections: connections.clone(),
+        certificates: shown,
     });
     let upkeep = tokio::spawn(upkeep(observed.clone(), limits.clone()));
 
@@ -174,7 +189,18 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     });
     let router = api::router(context).merge(health_routes(observed, stopping.clone()));
     let admin = tokio::net::TcpListener::from_std(admin)?;
-    let mut administration = tokio::spawn(axum::serve(admin, router).into_future());
+    let least = args.tls.tls_min_version;
+    let admin_scheme = scheme(admin_certificates.as_ref());
+    let mut administration = match admin_certificates {
+        None => tokio::spawn(axum::serve(admin, router).into_future()),
+        Some(certificates) => {
+            let failed = process.handshakes_failed(Listener::Admin).clone();
+            let limit = args.limits.head_timeout.0;
+            let acceptor = tls::acceptor(certificates, least)?;
+            let admin = tls::Secured::new(admin, acceptor, limit, failed);
+            tokio::spawn(axum::serve(admin, router).into_future())
+        }
+    };
 
     let log = match &args.access_log {
         AccessLog::Off => account::AccessLog::off(),
@@ -202,6 +228,10 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         h2_streams: allowed.h2_streams.get(),
         h2_window: allowed.h2_window,
     });
+    let data_scheme = scheme(data_certificates.as_ref());
+    let data_tls = data_certificates
+        .map(|certificates| tls::acceptor(certificates, least))
+        .transpose()?;
     let mut desks = Vec::new();
     let mut cores = Vec::new();
     for index in 0..args.cores() {
@@ -227,6 +257,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             log: log.clone(),
             metrics: process.clone(),
             settings: settings.clone(),
+            tls: data_tls.clone(),
             open,
             stopping: stopping.clone(),
             runtime: core_runtime.handle().clone(),
@@ -244,7 +275,11 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         connections,
         stopping.clone(),
     ));
-    announce(listen, admin_address, admin_key.file.as_deref());
+    announce(
+        &format!("{data_scheme}://{listen}"),
+        &format!("{admin_scheme}://{admin_address}"),
+        admin_key.file.as_deref(),
+    );
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -335,11 +370,22 @@ fn raise_file_limit() {
     );
 }
 
-fn announce(listen: SocketAddr, admin: SocketAddr, key: Option<&Path>) {
+/// None where there are no files: no TLS.
+fn certificates(files: Vec<Files>) -> anyhow::Result<Option<Arc<Certificates>>> {
+    (!files.is_empty())
+        .then(|| Certificates::load(files))
+        .transpose()
+}
+
+fn scheme(certificates: Option<&Arc<Certificates>>) -> &'static str {
+    certificates.map_or("http", |_| "https")
+}
+
+fn announce(data: &str, admin: &str, key: Option<&Path>) {
     let key = key
         .map(|path| format!(", admin key in {}", path.display()))
         .unwrap_or_default();
-    tracing::info!("serving invocations on http://{listen}, the API on http://{admin}{key}");
+    tracing::info!("serving invocations on {data}, the API on {admin}{key}");
     _ = std::io::stderr().flush();
 }
 

@@ -24,21 +24,25 @@ use http::{Request, Response, StatusCode};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     sync::{mpsc, watch},
     time::{Instant, sleep, timeout},
 };
+use tokio_util::either::Either;
 use uuid::Uuid;
 
 use crate::{
     account::Account,
     activity::{Activity, Phase, Watch},
     body::Answer,
-    core::{Caller, Core, Stopping},
+    core::{Caller, Core, Scheme, Stopping},
     headers,
     invoke::invoke,
+    metrics::Listener,
     refusal::Refusal,
-    socket,
+    socket::{self, Telling},
     target::Target,
+    tls,
 };
 
 /// How many heads and bodies hyper may buffer for one connection, in bytes, unless a head may be longer.
@@ -142,17 +146,87 @@ impl Drop for Counted {
     }
 }
 
+/// A caller's connection, ready for HTTP.
+struct Opened<S> {
+    stream: S,
+    hang_up: socket::HangUp,
+    peer: SocketAddr,
+    accepted: Instant,
+    scheme: Scheme,
+    http2: bool,
+}
+
 async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: SocketAddr) {
     let Ok(stream) = tokio::net::TcpStream::from_std(stream) else {
         return;
     };
     _ = stream.set_nodelay(true);
-    let (socket, hang_up) = socket::share(stream);
+    let (stream, hang_up) = socket::share(stream);
     let accepted = Instant::now();
-    let http2 = match first_bytes(&hang_up, &core).await {
-        Some(http2) => http2,
-        None => return,
+    let open = async {
+        match &core.tls {
+            Some(_) if hang_up.first_byte().await? != tls::HANDSHAKE => {
+                let http2 = hang_up.http2_preface().await?;
+                Some((Either::Left(stream), Scheme::HttpOnTls, http2))
+            }
+            Some(tls) => match tls.accept(stream).await {
+                Ok(stream) => {
+                    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                    Some((Either::Right(stream), Scheme::Https, http2))
+                }
+                Err(_) => {
+                    core.metrics.handshake_failed(Listener::Data);
+                    None
+                }
+            },
+            None => {
+                let http2 = hang_up.http2_preface().await?;
+                Some((Either::Left(stream), Scheme::Http, http2))
+            }
+        }
     };
+    let Ok(Some((stream, scheme, http2))) = timeout(core.settings.head_timeout, open).await else {
+        return;
+    };
+    // Two kinds of streams are two kinds of loops, so that neither asks at each read which one it is.
+    match stream {
+        Either::Left(stream) => {
+            let opened = Opened {
+                stream,
+                hang_up,
+                peer,
+                accepted,
+                scheme,
+                http2,
+            };
+            serve_connection(core, opened).await;
+        }
+        Either::Right(stream) => {
+            let opened = Opened {
+                stream,
+                hang_up,
+                peer,
+                accepted,
+                scheme,
+                http2,
+            };
+            serve_connection(core, opened).await;
+        }
+    }
+}
+
+async fn serve_connection<S>(core: Arc<Core>, opened: Opened<S>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let Opened {
+        stream,
+        hang_up,
+        peer,
+        accepted,
+        scheme,
+        http2,
+    } = opened;
     let activity = Arc::new(Activity::default());
     let settings = &core.settings;
     let (head, idle) = (settings.head_timeout, settings.idle_timeout);
@@ -162,7 +236,11 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
         service_fn(move |request| {
             let counted = OpenRequest::new(&core, &activity);
             let core = core.clone();
-            async move { Ok::<_, std::convert::Infallible>(answer(&core, peer, request, counted).await) }
+            async move {
+                Ok::<_, std::convert::Infallible>(
+                    answer(&core, peer, scheme, request, counted).await,
+                )
+            }
         })
     };
     let mut stopping = core.stopping.clone();
@@ -177,7 +255,7 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
             .max_send_buf_size(BUFFER)
             .keep_alive_interval(Some(idle))
             .keep_alive_timeout(head);
-        let mut connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
         tokio::select! {
             _ = &mut connection => return,
             () = reached(&mut stopping, Stopping::Draining) => {
@@ -203,8 +281,11 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
         .header_read_timeout(None)
         .keep_alive(true)
         .pipeline_flush(false);
-    let socket = TokioIo::new(socket.telling(activity.clone()));
-    let mut connection = pin!(builder.serve_connection(socket, service));
+    let stream = TokioIo::new(Telling {
+        stream,
+        activity: activity.clone(),
+    });
+    let mut connection = pin!(builder.serve_connection(stream, service));
     let mut told = false;
     loop {
         tokio::select! {
@@ -224,14 +305,6 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
             }
             () = poll_fn(|cx| watch.poll(cx)) => return,
         }
-    }
-}
-
-/// Waits for a connection's first bytes and says whether they are HTTP/2's.
-async fn first_bytes(hang_up: &socket::HangUp, core: &Core) -> Option<bool> {
-    tokio::select! {
-        http2 = hang_up.http2_preface() => http2,
-        () = sleep(core.settings.head_timeout) => None,
     }
 }
 
@@ -263,12 +336,14 @@ impl Drop for OpenRequest {
 async fn answer(
     core: &Arc<Core>,
     peer: SocketAddr,
+    scheme: Scheme,
     request: Request<Incoming>,
     counted: OpenRequest,
 ) -> Response<Answer> {
     let caller = Caller {
         request_id: Uuid::now_v7(),
         peer: peer.ip(),
+        scheme,
     };
     let mut account = Account::open(
         core.log.clone(),
@@ -279,7 +354,8 @@ async fn answer(
         Instant::now(),
     );
     let (head, body) = request.into_parts();
-    let target = match headers::check(&head)
+    let target = match secured(scheme)
+        .and_then(|()| headers::check(&head))
         .and_then(|()| headers::within(&head, &core.settings))
         .and_then(|()| Target::of(&head))
     {
@@ -307,6 +383,17 @@ async fn answer(
             response
         }
         Err(refusal) => own(core, Err(refusal), caller, true, account),
+    }
+}
+
+/// Refuses what came without the TLS that is asked for.
+fn secured(scheme: Scheme) -> Result<(), Refusal> {
+    match scheme {
+        Scheme::Http | Scheme::Https => Ok(()),
+        Scheme::HttpOnTls => Err(Refusal::BadRequest(
+            "This port speaks TLS. Use https://, and make a new key if one was sent in the clear."
+                .into(),
+        )),
     }
 }
 

@@ -26,8 +26,6 @@ use crate::activity::Activity;
 #[derive(Debug)]
 pub struct CallerSocket {
     stream: Arc<TcpStream>,
-    /// Told of bytes that come, where heads are timed.
-    activity: Option<Arc<Activity>>,
 }
 
 /// The watch's half.
@@ -39,7 +37,6 @@ pub fn share(stream: TcpStream) -> (CallerSocket, HangUp) {
     let stream = Arc::new(stream);
     let socket = CallerSocket {
         stream: stream.clone(),
-        activity: None,
     };
     (socket, HangUp(stream))
 }
@@ -64,6 +61,12 @@ impl HangUp {
 const PREFACE: &[u8; 8] = b"PRI * HT";
 
 impl HangUp {
+    /// Waits for the first byte without taking it. `None`: none came.
+    pub async fn first_byte(&self) -> Option<u8> {
+        let mut first = [0];
+        (self.0.peek(&mut first).await.ok()? > 0).then_some(first[0])
+    }
+
     /// Waits for the first bytes without taking them: whether they begin HTTP/2. `None`: none came.
     pub async fn http2_preface(&self) -> Option<bool> {
         let mut first = [0; PREFACE.len()];
@@ -107,9 +110,6 @@ impl AsyncRead for CallerSocket {
             match (got, outcome) {
                 (Some(n), _) => {
                     buf.advance(n);
-                    if let Some(activity) = &self.activity {
-                        activity.bytes_came();
-                    }
                     return Poll::Ready(Ok(()));
                 }
                 (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -120,15 +120,6 @@ impl AsyncRead for CallerSocket {
 }
 
 impl CallerSocket {
-    /// Tells of bytes from now on.
-    #[must_use]
-    pub fn telling(self, activity: Arc<Activity>) -> Self {
-        Self {
-            activity: Some(activity),
-            ..self
-        }
-    }
-
     fn poll_io(
         &self,
         cx: &mut Context<'_>,
@@ -170,5 +161,51 @@ impl AsyncWrite for CallerSocket {
             Ok(()) | Err(rustix::io::Errno::NOTCONN) => Poll::Ready(Ok(())),
             Err(error) => Poll::Ready(Err(error.into())),
         }
+    }
+}
+
+/// A connection that tells of the bytes that come on it, for the time limits of heads. Over TLS that is after
+/// decryption: a record need not carry any.
+#[derive(Debug)]
+pub struct Telling<S> {
+    pub stream: S,
+    pub activity: Arc<Activity>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Telling<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.activity.bytes_came();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Telling<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -16,4 +16,5 @@ mod restart;
 mod states;
 mod storm;
 mod support;
+mod tls;
 mod waiting;

@@ -130,6 +130,11 @@ impl Server {
         eventually("weir ends", SOON, async || self.child.try_wait().unwrap()).await
     }
 
+    /// Whether its log has this by now.
+    pub(crate) fn said(&self, text: &str) -> bool {
+        self.log.lock().unwrap().contains(text)
+    }
+
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
     }
@@ -434,12 +439,13 @@ fn launch(
     }
 }
 
-/// `serving invocations on http://ADDRESS, the API on http://ADDRESS`
+/// `serving invocations on http://ADDRESS, the API on http://ADDRESS`, or https
 fn announced(line: &str) -> Option<(SocketAddr, SocketAddr)> {
-    let rest = line.split_once("serving invocations on http://")?.1;
-    let (data, rest) = rest.split_once(", the API on http://")?;
+    let rest = line.split_once("serving invocations on ")?.1;
+    let (data, rest) = rest.split_once(", the API on ")?;
     let admin = rest.split([',', ' ']).next()?;
-    Some((data.parse().ok()?, admin.parse().ok()?))
+    let address = |url: &str| url.split_once("://")?.1.parse().ok();
+    Some((address(data)?, address(admin)?))
 }
 
 /// Without the codes that colour a terminal.
