@@ -191,10 +191,13 @@ pub async fn ensure_admin_key(
     };
     let winner = match store.commit(Partition::Keys, vec![change]).await {
         Ok(_) => hash,
-        Err(StoreError::Conflict { .. }) => match stored_admin_key(store).await? {
-            Some(stored) => stored.hash,
-            None => hash,
-        },
+        Err(error @ (StoreError::Conflict { .. } | StoreError::Unknown(_))) => {
+            match (stored_admin_key(store).await?, error) {
+                (Some(stored), _) => stored.hash,
+                (None, StoreError::Conflict { .. }) => hash,
+                (None, error) => return Err(error.into()),
+            }
+        }
         Err(error) => return Err(error.into()),
     };
     Ok(AdminKey {

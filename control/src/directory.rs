@@ -149,7 +149,7 @@ impl Directory {
                         self.apply(commit.partition, key, value.as_deref())?;
                     }
                     self.applied.send_modify(|cursor| {
-                        cursor.0.insert(commit.partition, commit.revision);
+                        cursor.0.entry(commit.partition).or_default().revision = commit.revision;
                     });
                 }
                 Event::FellBehind => feed = self.resync(store).await?,
@@ -160,7 +160,7 @@ impl Directory {
     async fn resync(&self, store: &dyn Store) -> Result<Box<dyn Watch>, StoreError> {
         let mut cursor = Cursor::default();
         for partition in Partition::all() {
-            let (records, revision) = store.list(partition, "").await?;
+            let (records, position) = store.list(partition, "").await?;
             let present: HashSet<&str> = records.iter().map(|r| r.key.as_str()).collect();
             for gone in self
                 .known(partition)
@@ -172,7 +172,7 @@ impl Directory {
             for record in &records {
                 self.apply(partition, &record.key, Some(&record.value))?;
             }
-            cursor.0.insert(partition, revision);
+            cursor.0.insert(partition, position);
         }
         self.applied.send_replace(cursor.clone());
         store.watch(cursor).await
@@ -452,7 +452,12 @@ impl Directory {
         let mut applied = self.applied.subscribe();
         // The sender lives as long as `self`.
         _ = applied
-            .wait_for(|cursor| cursor.0.get(&partition).is_some_and(|at| *at >= revision))
+            .wait_for(|cursor| {
+                cursor
+                    .0
+                    .get(&partition)
+                    .is_some_and(|at| at.revision >= revision)
+            })
             .await;
     }
 }

@@ -92,20 +92,35 @@ pub enum StoreError {
     /// Nothing was written. The text says what to do (disk full, store unreachable).
     #[error("the control state can't be written: {0}")]
     Unavailable(String),
+    /// The answer to a commit was lost. Only reading again tells whether it was written; to repeat it unread may
+    /// be to meet one's own write as a conflict, or to undo what another wrote since.
+    #[error("whether the change was written is not known: {0}")]
+    Unknown(String),
     /// A value that no version of Weir wrote.
     #[error("the control state is damaged: {0}")]
     Damaged(String),
 }
 
-/// How far a watcher has got: the revision of each partition, opaque to callers.
+/// A moment of a partition.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Position {
+    /// The life of the partition in which the revision counts. It is another one wherever acknowledged commits may
+    /// be lost (data deleted, put back from a backup, a replica that lagged took over), because the revisions that
+    /// follow are given a second time and say other things.
+    pub incarnation: u64,
+    pub revision: u64,
+}
+
+/// How far a watcher has got in each partition, opaque to callers: positions come from [`Store::list`]. A partition
+/// that is not named is told from its beginning.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Cursor(pub std::collections::BTreeMap<Partition, u64>);
+pub struct Cursor(pub std::collections::BTreeMap<Partition, Position>);
 
 /// What a watch yields.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
     Commit(Commit),
-    /// The feed no longer reaches back to the cursor: list all again, then watch anew.
+    /// The feed no longer reaches back to the cursor, or goes on from another past: list all again, then watch anew.
     FellBehind,
 }
 
@@ -120,13 +135,14 @@ pub trait Watch: Send {
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     async fn get(&self, partition: Partition, key: &str) -> Result<Option<Record>, StoreError>;
-    /// The records whose key starts with `prefix`, in key order, and the partition's revision they show.
+    /// The records whose key starts with `prefix`, in key order, and the partition's position they show.
     async fn list(
         &self,
         partition: Partition,
         prefix: &str,
-    ) -> Result<(Vec<Record>, u64), StoreError>;
-    /// All changes or none; answers the partition's new revision after it is durable.
+    ) -> Result<(Vec<Record>, Position), StoreError>;
+    /// All changes or none; answers the partition's new revision after it is durable. An implementation that tries
+    /// again by itself has to know its own write when it meets it: that is no conflict.
     async fn commit(&self, partition: Partition, changes: Vec<Change>) -> Result<u64, StoreError>;
     /// Everything committed after `cursor`, each partition in order, none left out and none twice.
     async fn watch(&self, cursor: Cursor) -> Result<Box<dyn Watch>, StoreError>;

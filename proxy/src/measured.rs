@@ -8,7 +8,9 @@ use std::{
 
 use async_trait::async_trait;
 use tokio::time::Instant;
-use weir_control::store::{Change, Cursor, Event, Partition, Record, Store, StoreError, Watch};
+use weir_control::store::{
+    Change, Cursor, Event, Partition, Position, Record, Store, StoreError, Watch,
+};
 
 use crate::metrics::ProcessMetrics;
 
@@ -93,7 +95,7 @@ impl Store for Measured {
         &self,
         partition: Partition,
         prefix: &str,
-    ) -> Result<(Vec<Record>, u64), StoreError> {
+    ) -> Result<(Vec<Record>, Position), StoreError> {
         self.gauge
             .outcome("list", self.store.list(partition, prefix).await)
     }

@@ -80,6 +80,13 @@ impl From<StoreError> for Problem {
                 "store-unavailable",
                 format!("{error}; nothing was changed, try again later"),
             ),
+            StoreError::Unknown(_) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "store-unavailable",
+                format!(
+                    "{error}; the change may have been made: read it again before you repeat it"
+                ),
+            ),
             StoreError::Damaged(_) => Self::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "internal",

@@ -8,7 +8,11 @@ use serde_json::{Value, json};
 use tower::ServiceExt as _;
 
 use super::*;
-use crate::{auth::hash, model::*, store::embedded::Embedded};
+use crate::{
+    auth::hash,
+    model::*,
+    store::{Cursor, Position, Record, StoreError, Watch, embedded::Embedded},
+};
 
 struct Still;
 impl Runtime for Still {
@@ -973,4 +977,130 @@ async fn the_admin_key_survives_a_crash_between_file_and_store() {
     assert_eq!(from_env.key.unwrap().hash, hash("mine"));
     assert!(!third.path().join("admin.key").exists());
     assert!(!format!("{:?} {}", auth::generate(), auth::generate()).contains("weir_A"));
+}
+
+/// A store whose commits fail, after they were carried out or before.
+struct Lossy {
+    store: Arc<dyn Store>,
+    carries_out: bool,
+    error: fn(String) -> StoreError,
+}
+
+#[async_trait::async_trait]
+impl Store for Lossy {
+    async fn get(&self, partition: Partition, key: &str) -> Result<Option<Record>, StoreError> {
+        self.store.get(partition, key).await
+    }
+    async fn list(
+        &self,
+        partition: Partition,
+        prefix: &str,
+    ) -> Result<(Vec<Record>, Position), StoreError> {
+        self.store.list(partition, prefix).await
+    }
+    async fn commit(&self, partition: Partition, changes: Vec<Change>) -> Result<u64, StoreError> {
+        if self.carries_out {
+            self.store.commit(partition, changes).await?;
+        }
+        Err((self.error)("the connection was cut".into()))
+    }
+    async fn watch(&self, cursor: Cursor) -> Result<Box<dyn Watch>, StoreError> {
+        self.store.watch(cursor).await
+    }
+}
+
+#[tokio::test]
+async fn says_what_is_not_known_of_a_change() {
+    let weir = weir().await;
+    let over = |carries_out, error| Weir {
+        router: router(Arc::new(Context {
+            store: Arc::new(Lossy {
+                store: weir.context.store.clone(),
+                carries_out,
+                error,
+            }),
+            directory: weir.context.directory.clone(),
+            runtime: Arc::new(Still),
+            admin: weir.context.admin.clone(),
+            open: false,
+            max_functions: 1000,
+        })),
+        context: weir.context.clone(),
+        _dir: tempfile::tempdir().unwrap(),
+    };
+    for carries_out in [false, true] {
+        let cut = over(carries_out, StoreError::Unknown);
+        let refused = over(false, StoreError::Unavailable);
+        let (f, v) = weir.function().await;
+        let changes = [
+            ("POST", "/v2/nvcf/functions".into(), echo()),
+            (
+                "POST",
+                "/v2/nvcf/accounts".into(),
+                json!({"ncaId": format!("new-{carries_out}"), "name": "new"}),
+            ),
+            (
+                "POST",
+                "/v2/weir/keys".into(),
+                json!({"name": "k", "scopes": ["invoke_function"]}),
+            ),
+            (
+                "POST",
+                format!("/v2/nvcf/authorizations/functions/{f}/versions/{v}"),
+                json!({"authorizedParties": [{"ncaId": "*"}]}),
+            ),
+            (
+                "POST",
+                format!("/v2/nvcf/deployments/functions/{f}/versions/{v}"),
+                spec("regions", json!([])),
+            ),
+            (
+                "DELETE",
+                format!("/v2/nvcf/functions/{f}/versions/{v}"),
+                json!({}),
+            ),
+        ];
+        for (method, path, body) in changes {
+            refused
+                .call(ADMIN, method, &path, body.clone())
+                .await
+                .problem(503, "store-unavailable", "nothing was changed");
+            let answer = cut.call(ADMIN, method, &path, body).await;
+            let detail = answer.body["detail"].to_string();
+            assert!(!detail.contains("nothing"), "{method} {path}: {detail}");
+            answer.problem(
+                503,
+                "store-unavailable",
+                "the change may have been made: read",
+            );
+        }
+        // Reading does tell.
+        let left = weir
+            .context
+            .store
+            .list(Partition::of(f.parse().unwrap()), &f);
+        assert_eq!(left.await.unwrap().0.is_empty(), carries_out);
+    }
+}
+
+#[tokio::test]
+async fn the_admin_key_is_looked_for_where_its_commit_is_not_known() {
+    let error = StoreError::Unknown;
+    for carries_out in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Embedded::open(&dir.path().join("state")).unwrap();
+        let lossy = Lossy {
+            store: store.clone(),
+            carries_out,
+            error,
+        };
+        match auth::ensure_admin_key(&lossy, dir.path(), None).await {
+            Ok(made) => assert!(carries_out && made.file.is_some()),
+            Err(auth::AdminKeyError::Store(StoreError::Unknown(_))) => assert!(!carries_out),
+            Err(other) => panic!("{other}"),
+        }
+        // The next start gets along with either.
+        let again = auth::ensure_admin_key(&*store, dir.path(), None).await;
+        assert!(again.unwrap().file.is_some());
+    }
 }

@@ -8,8 +8,8 @@
 //! - a commit without changes answers the present revision and is not in the feed;
 //! - every other commit takes the next revision of its partition, also one that
 //!   deletes what is not there, so revisions have no holes;
-//! - a cursor that lies in the future (the store was put back from a backup) has
-//!   fallen behind too.
+//! - a cursor that lies in the future, or in another incarnation of a partition,
+//!   has fallen behind too, wherever its revision lies.
 #![cfg(test)]
 
 use std::collections::BTreeMap;
@@ -19,7 +19,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::join_all;
 
-use super::{Change, Commit, Cursor, Event, Expect, Partition, Store, StoreError, Watch};
+use super::{
+    Change, Commit, Cursor, Event, Expect, Partition, Position, Record, Store, StoreError, Watch,
+};
 
 /// Makes a test of every promise. `$fresh` is an `async fn() -> (Arc<dyn Store>, guard)`
 /// that makes an empty store; `$feed` is how many commits its feed keeps at most.
@@ -30,7 +32,8 @@ macro_rules! suite {
             leaves_no_trace_of_conflicts, numbers_commits_without_holes, deletes,
             takes_empty_commits, takes_big_values, watches_from_a_cursor, watches_while_writers_race,
             hands_on_every_change, catches_up_when_slow, counts_exactly, outlives_dropped_futures,
-            watch_futures_may_be_dropped, refuses_cursors_of_the_future,
+            watch_futures_may_be_dropped, refuses_cursors_of_the_future, refuses_cursors_of_another_life,
+            goes_on_in_one_life,
         );
 
         #[tokio::test]
@@ -75,8 +78,23 @@ async fn value(store: &Arc<dyn Store>, partition: Partition, key: &str) -> Optio
     found.map(|record| record.value)
 }
 
+async fn listed(store: &Arc<dyn Store>, partition: Partition, prefix: &str) -> (Vec<Record>, u64) {
+    let (records, position) = store.list(partition, prefix).await.unwrap();
+    (records, position.revision)
+}
+
+/// A cursor of these revisions, in the lives that the partitions are in now.
+async fn at<const N: usize>(store: &Arc<dyn Store>, revisions: [(Partition, u64); N]) -> Cursor {
+    let mut cursor = Cursor::default();
+    for (partition, revision) in revisions {
+        let (_, now) = store.list(partition, "").await.unwrap();
+        cursor.0.insert(partition, Position { revision, ..now });
+    }
+    cursor
+}
+
 async fn contents(store: &Arc<dyn Store>, partition: Partition) -> BTreeMap<String, Bytes> {
-    let (records, _) = store.list(partition, "").await.unwrap();
+    let (records, _) = listed(store, partition, "").await;
     records.into_iter().map(|r| (r.key, r.value)).collect()
 }
 
@@ -129,7 +147,7 @@ fn apply(contents: &mut BTreeMap<String, Bytes>, commit: &Commit) {
 
 pub(crate) async fn gets_and_lists(store: Arc<dyn Store>) {
     assert_eq!(store.get(P, "a").await.unwrap(), None);
-    assert_eq!(store.list(P, "").await.unwrap(), (vec![], 0));
+    assert_eq!(listed(&store, P, "").await, (vec![], 0));
     let keys = [
         "b",
         "a/2",
@@ -160,7 +178,7 @@ pub(crate) async fn gets_and_lists(store: Arc<dyn Store>) {
     for prefix in ["", "a", "a/", "a/1", "ä", "zz", "\u{10ffff}"] {
         let mut expected: Vec<_> = keys.iter().filter(|k| k.starts_with(prefix)).collect();
         expected.sort();
-        let (found, revision) = store.list(P, prefix).await.unwrap();
+        let (found, revision) = listed(&store, P, prefix).await;
         assert_eq!(revision, keys.len() as u64);
         assert_eq!(
             found.iter().map(|r| r.key.as_str()).collect::<Vec<_>>(),
@@ -197,7 +215,7 @@ pub(crate) async fn keeps_partitions_apart(store: Arc<dyn Store>) {
             value(&store, partition, "same").await.unwrap(),
             format!("{at}")
         );
-        let (records, revision) = store.list(partition, "").await.unwrap();
+        let (records, revision) = listed(&store, partition, "").await;
         assert_eq!((records.len(), revision), (1, 1));
     }
 }
@@ -360,7 +378,7 @@ pub(crate) async fn leaves_no_trace_of_conflicts(store: Arc<dyn Store>) {
             assert_conflict(outcome, "k");
         }
     }
-    let (records, revision) = store.list(P, "new").await.unwrap();
+    let (records, revision) = listed(&store, P, "new").await;
     assert_eq!((records.len(), revision), (50, 51));
     for expected in 1..=51 {
         assert_eq!(commit_of(&mut watch).await.revision, expected);
@@ -385,8 +403,8 @@ pub(crate) async fn numbers_commits_without_holes(store: Arc<dyn Store>) {
             .collect::<Vec<_>>();
     together.sort_unstable();
     assert_eq!(together, (11..=110).collect::<Vec<_>>());
-    assert_eq!(store.list(P, "").await.unwrap().1, 110);
-    assert_eq!(store.list(Q, "").await.unwrap().1, 10);
+    assert_eq!(listed(&store, P, "").await.1, 110);
+    assert_eq!(listed(&store, Q, "").await.1, 10);
 }
 
 pub(crate) async fn deletes(store: Arc<dyn Store>) {
@@ -412,7 +430,7 @@ pub(crate) async fn deletes(store: Arc<dyn Store>) {
         .await
         .unwrap();
     assert_eq!(store.get(P, "k").await.unwrap(), None);
-    assert_eq!(store.list(P, "k").await.unwrap(), (vec![], two));
+    assert_eq!(listed(&store, P, "k").await, (vec![], two));
     assert_conflict(
         store
             .commit(P, vec![put("k", Expect::Revision(one), "x")])
@@ -444,7 +462,7 @@ pub(crate) async fn deletes(store: Arc<dyn Store>) {
         "k",
     );
 
-    let mut watch = store.watch(Cursor([(P, one)].into())).await.unwrap();
+    let mut watch = store.watch(at(&store, [(P, one)]).await).await.unwrap();
     for expected in [None, None, None, Some(Bytes::from("2"))] {
         assert_eq!(
             *commit_of(&mut watch).await.changes,
@@ -460,7 +478,7 @@ pub(crate) async fn takes_empty_commits(store: Arc<dyn Store>) {
         .await
         .unwrap();
     assert_eq!(store.commit(P, vec![]).await.unwrap(), 1);
-    let mut watch = store.watch(Cursor([(P, 1)].into())).await.unwrap();
+    let mut watch = store.watch(at(&store, [(P, 1)]).await).await.unwrap();
     assert_drained(&store, &mut watch).await;
 }
 
@@ -489,7 +507,7 @@ pub(crate) async fn takes_big_values(store: Arc<dyn Store>) {
         assert_eq!(commit.changes[1].1, Some(big(n + 100)));
     }
     assert_eq!(value(&store, P, "k").await, Some(big(3)));
-    assert_eq!(store.list(P, "").await.unwrap().0.len(), 5);
+    assert_eq!(listed(&store, P, "").await.0.len(), 5);
 }
 
 pub(crate) async fn watches_from_a_cursor(store: Arc<dyn Store>) {
@@ -511,9 +529,9 @@ pub(crate) async fn watches_from_a_cursor(store: Arc<dyn Store>) {
             .unwrap();
     }
     // Two watches, with a cursor of their own; what the cursor does not name starts at 0.
-    let mut early = store.watch(Cursor([(P, 4)].into())).await.unwrap();
+    let mut early = store.watch(at(&store, [(P, 4)]).await).await.unwrap();
     let mut late = store
-        .watch(Cursor([(P, 10), (Q, 10)].into()))
+        .watch(at(&store, [(P, 10), (Q, 10)]).await)
         .await
         .unwrap();
     for n in 10..15 {
@@ -701,7 +719,7 @@ pub(crate) async fn counts_exactly(store: Arc<dyn Store>) {
         value(&store, P, "counter").await.unwrap(),
         (WRITERS * EACH).to_string()
     );
-    assert_eq!(store.list(P, "").await.unwrap().1, WRITERS * EACH);
+    assert_eq!(listed(&store, P, "").await.1, WRITERS * EACH);
     assert!(conflicts > 0, "the writers did race");
 }
 
@@ -772,10 +790,42 @@ pub(crate) async fn refuses_cursors_of_the_future(store: Arc<dyn Store>) {
         .await
         .unwrap();
     for cursor in [(P, 2), (P, 1000), (Q, 1)] {
-        let mut watch = store.watch(Cursor([cursor].into())).await.unwrap();
+        let mut watch = store.watch(at(&store, [cursor]).await).await.unwrap();
         // Of other partitions it may tell before.
         while event(&mut watch).await != Event::FellBehind {}
     }
+}
+
+pub(crate) async fn refuses_cursors_of_another_life(store: Arc<dyn Store>) {
+    for n in 0..3 {
+        let change = put("k", Expect::Anything, n.to_string());
+        store.commit(P, vec![change]).await.unwrap();
+    }
+    // The present revision too, after which nothing may ever come that would show the mistake.
+    for (partition, revision) in [(P, 0), (P, 1), (P, 3), (P, 4), (Q, 0)] {
+        let mut cursor = at(&store, [(partition, revision)]).await;
+        for position in cursor.0.values_mut() {
+            position.incarnation ^= 1;
+        }
+        let mut watch = store.watch(cursor).await.unwrap();
+        // Of other partitions it may tell before.
+        while event(&mut watch).await != Event::FellBehind {}
+    }
+}
+
+pub(crate) async fn goes_on_in_one_life(store: Arc<dyn Store>) {
+    let (_, before) = store.list(P, "").await.unwrap();
+    store
+        .commit(P, vec![put("k", Expect::Absent, "1")])
+        .await
+        .unwrap();
+    let (_, after) = store.list(P, "k").await.unwrap();
+    assert_eq!(
+        (before.incarnation, before.revision + 1),
+        (after.incarnation, after.revision)
+    );
+    let mut watch = store.watch(Cursor([(P, before)].into())).await.unwrap();
+    assert_eq!(commit_of(&mut watch).await.revision, 1);
 }
 
 /// `feed` is how many commits of a partition the feed keeps at most.
@@ -814,7 +864,7 @@ pub(crate) async fn says_when_a_watch_fell_behind(store: Arc<dyn Store>, feed: u
             Event::FellBehind => break,
         }
     }
-    let mut fresh = store.watch(Cursor([(Q, 1)].into())).await.unwrap();
+    let mut fresh = store.watch(at(&store, [(Q, 1)]).await).await.unwrap();
     assert_eq!(event(&mut fresh).await, Event::FellBehind);
     // Listing and watching from there brings it up to date, whatever is written meanwhile.
     let writer = {
@@ -834,13 +884,13 @@ pub(crate) async fn says_when_a_watch_fell_behind(store: Arc<dyn Store>, feed: u
     let mut cursor = Cursor::default();
     let mut seen = BTreeMap::new();
     for partition in Partition::all() {
-        let (records, revision) = store.list(partition, "").await.unwrap();
-        cursor.0.insert(partition, revision);
+        let (records, position) = store.list(partition, "").await.unwrap();
+        cursor.0.insert(partition, position);
         if partition == P {
             seen = records.into_iter().map(|r| (r.key, r.value)).collect();
         }
     }
-    let mut at = cursor.0[&P];
+    let mut at = cursor.0[&P].revision;
     let mut watch = store.watch(cursor).await.unwrap();
     writer.await.unwrap();
     while at < written as u64 + 50 {

@@ -29,7 +29,9 @@ use redb::{
 };
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::{Change, Commit, Cursor, Event, Expect, Partition, Record, Store, StoreError, Watch};
+use super::{
+    Change, Commit, Cursor, Event, Expect, Partition, Position, Record, Store, StoreError, Watch,
+};
 
 /// What this version writes. It grows when an older version could not read the file.
 const FORMAT: u64 = 1;
@@ -44,6 +46,8 @@ const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const META_FORMAT: &str = "format";
 /// Counts the transactions, to tell after an I/O error whether the last one landed.
 const META_BATCH: &str = "batch";
+/// A random number, made with the file: its revisions are not those of a file before it.
+const META_INCARNATION: &str = "incarnation";
 
 /// How many commits of a partition the feed keeps, if they fit into [`FEED_BYTES`].
 const FEED_COMMITS: u64 = 4096;
@@ -98,6 +102,7 @@ impl Embedded {
             shared: Arc::clone(&shared),
             live: live.clone(),
             batch: 0,
+            incarnation: 0,
             announced: BTreeMap::new(),
         };
         shared.create_if_missing()?;
@@ -117,14 +122,16 @@ impl Embedded {
     }
 
     async fn ask<T>(&self, work: Work, answer: oneshot::Receiver<T>) -> Result<T, StoreError> {
-        let stopped = || {
-            StoreError::Unavailable(
-                "the thread that writes it has stopped: start weir again and report its log".into(),
-            )
+        let stopped = "the thread that writes it has stopped: start weir again and report its log";
+        // A commit that the thread had begun with may be there.
+        let unanswered = match &work {
+            Work::Commit(_) => StoreError::Unknown,
+            Work::Reopen { .. } => StoreError::Unavailable,
         };
-        let queue = self.work.as_ref().ok_or_else(stopped)?;
-        queue.send(work).await.map_err(|_| stopped())?;
-        answer.await.map_err(|_| stopped())
+        let refused = |_| StoreError::Unavailable(stopped.into());
+        let queue = self.work.as_ref().ok_or(()).map_err(refused)?;
+        queue.send(work).await.map_err(|_| refused(()))?;
+        answer.await.map_err(|_| unanswered(stopped.into()))
     }
 
     /// Reads; where an earlier I/O error is in the way, opens the file anew and reads again.
@@ -189,10 +196,13 @@ impl Store for Embedded {
         &self,
         partition: Partition,
         prefix: &str,
-    ) -> Result<(Vec<Record>, u64), StoreError> {
+    ) -> Result<(Vec<Record>, Position), StoreError> {
         let start = record_key(partition, prefix);
         self.read(false, move |tx| {
-            let revision = head(&tx.open_table(HEADS)?, partition)?.revision;
+            let position = Position {
+                incarnation: incarnation(tx)?,
+                revision: head(&tx.open_table(HEADS)?, partition)?.revision,
+            };
             let records = tx.open_table(RECORDS)?;
             let mut found = Vec::new();
             for entry in records.range(start.as_slice()..)? {
@@ -204,7 +214,7 @@ impl Store for Embedded {
                     .map_err(|_| Trouble::Damaged("a key is not UTF-8".into()))?;
                 found.push(decode_record(key.to_owned(), stored.value())?);
             }
-            Ok((found, revision))
+            Ok((found, position))
         })
         .await
     }
@@ -229,14 +239,19 @@ impl Store for Embedded {
     async fn watch(&self, cursor: Cursor) -> Result<Box<dyn Watch>, StoreError> {
         // Listening comes first, so that nothing falls between the feed and the live commits.
         let live = self.live.subscribe();
-        self.read(true, |_| Ok(())).await?;
+        let incarnation = self.read(true, incarnation).await?;
+        let over = cursor.0.values().any(|at| at.incarnation != incarnation);
+        let cursor = cursor.0.into_iter();
         Ok(Box::new(Following {
             shared: Arc::clone(&self.shared),
             live,
             behind: Partition::all().collect(),
-            cursor: cursor.0,
+            incarnation,
+            cursor: cursor
+                .map(|(partition, at)| (partition, at.revision))
+                .collect(),
             ready: VecDeque::new(),
-            over: false,
+            over,
         }))
     }
 }
@@ -265,6 +280,7 @@ type Changes = Arc<[(String, Option<Bytes>)]>;
 /// A durable commit, for the watchers.
 #[derive(Clone)]
 struct Notice {
+    incarnation: u64,
     partition: Partition,
     revision: u64,
     /// Small ones come along, the others are in the feed.
@@ -330,8 +346,13 @@ struct Held {
     generation: u64,
 }
 
-/// The number of the last transaction in a file, and all heads.
-type Found = (u64, BTreeMap<Partition, Head>);
+/// What a file says of itself when it is opened.
+struct Found {
+    incarnation: u64,
+    /// The number of the last transaction.
+    batch: u64,
+    heads: BTreeMap<Partition, Head>,
+}
 
 struct Shared {
     path: PathBuf,
@@ -361,7 +382,7 @@ impl Shared {
         held.database = None;
     }
 
-    /// Opens the file anew and answers the number of its last transaction and all heads.
+    /// Opens the file anew.
     fn reopen(&self) -> Result<Found, StoreError> {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
         // redb lets go of the file before it is opened again.
@@ -407,10 +428,14 @@ impl Shared {
     /// feed does not reach back to it. The flag says that there are no more.
     fn page(
         &self,
+        life: u64,
         partition: Partition,
         after: u64,
     ) -> Result<Option<(Vec<Commit>, bool)>, StoreError> {
         self.read(|tx| {
+            if incarnation(tx)? != life {
+                return Ok(None);
+            }
             let head = head(&tx.open_table(HEADS)?, partition)?;
             if after == head.revision {
                 return Ok(Some((Vec::new(), true)));
@@ -544,6 +569,8 @@ struct Writer {
     live: broadcast::Sender<Notice>,
     /// The number of the last transaction that is durable.
     batch: u64,
+    /// The file's, which is another one where somebody removed it while it was open.
+    incarnation: u64,
     /// What the watchers have been told.
     announced: BTreeMap<Partition, u64>,
 }
@@ -590,12 +617,15 @@ impl Writer {
 
     /// Opens the file anew and tells the watchers what they have not heard of yet.
     fn reopen(&mut self) -> Result<(), StoreError> {
-        let (batch, heads) = self.shared.reopen()?;
-        self.batch = batch;
-        for (partition, head) in heads {
+        let found = self.shared.reopen()?;
+        let another = std::mem::replace(&mut self.incarnation, found.incarnation);
+        let another = another != found.incarnation;
+        self.batch = found.batch;
+        for (partition, head) in found.heads {
             let announced = self.announced.insert(partition, head.revision).unwrap_or(0);
-            if head.revision > announced {
+            if another || head.revision > announced {
                 self.announce(Notice {
+                    incarnation: self.incarnation,
                     partition,
                     revision: head.revision,
                     changes: None,
@@ -630,8 +660,8 @@ impl Writer {
         }
     }
 
-    /// Applies the jobs durably. After an error nothing of them is there, unless its text
-    /// says that this is not known.
+    /// Applies the jobs durably. After an error nothing of them is there, unless it says that
+    /// this is not known.
     fn write(&mut self, jobs: &[Job]) -> Result<Outcome, StoreError> {
         for last_try in [false, true] {
             let attempted = self.batch + 1;
@@ -705,9 +735,7 @@ impl Writer {
 
 fn not_known(error: StoreError) -> StoreError {
     match error {
-        StoreError::Unavailable(text) => StoreError::Unavailable(format!(
-            "{text} (whether this change was written is not known: read before you repeat it)"
-        )),
+        StoreError::Unavailable(text) => StoreError::Unknown(text),
         other => other,
     }
 }
@@ -717,6 +745,7 @@ fn again(error: &StoreError) -> StoreError {
     match error {
         StoreError::Conflict { key } => StoreError::Conflict { key: key.clone() },
         StoreError::Unavailable(text) => StoreError::Unavailable(text.clone()),
+        StoreError::Unknown(text) => StoreError::Unknown(text.clone()),
         StoreError::Damaged(text) => StoreError::Damaged(text.clone()),
     }
 }
@@ -726,7 +755,9 @@ fn apply(tx: &redb::WriteTransaction, jobs: &[Job], batch: u64) -> Result<Outcom
     let mut records = tx.open_table(RECORDS)?;
     let mut feed = tx.open_table(FEED)?;
     let mut heads = tx.open_table(HEADS)?;
-    tx.open_table(META)?.insert(META_BATCH, batch)?;
+    let mut meta = tx.open_table(META)?;
+    meta.insert(META_BATCH, batch)?;
+    let incarnation = known_incarnation(&meta)?;
 
     let mut touched = BTreeMap::new();
     let mut outcome = Outcome {
@@ -799,6 +830,7 @@ fn apply(tx: &redb::WriteTransaction, jobs: &[Job], batch: u64) -> Result<Outcom
         outcome.answers.push(Ok(now.revision));
         let small = job.size <= LIVE_BYTES;
         outcome.notices.push(Notice {
+            incarnation,
             partition,
             revision: now.revision,
             changes: small.then(|| {
@@ -817,6 +849,8 @@ fn apply(tx: &redb::WriteTransaction, jobs: &[Job], batch: u64) -> Result<Outcom
 struct Following {
     shared: Arc<Shared>,
     live: broadcast::Receiver<Notice>,
+    /// The one that the cursor's revisions count in.
+    incarnation: u64,
     cursor: BTreeMap<Partition, u64>,
     /// The partitions whose feed may hold more.
     behind: BTreeSet<Partition>,
@@ -839,7 +873,7 @@ impl Watch for Following {
             }
             if let Some(&partition) = self.behind.first() {
                 let after = self.cursor.get(&partition).copied().unwrap_or(0);
-                match self.shared.page(partition, after) {
+                match self.shared.page(self.incarnation, partition, after) {
                     Ok(Some((commits, all))) => {
                         self.ready.extend(commits);
                         if all {
@@ -858,6 +892,7 @@ impl Watch for Following {
                 Ok(notice) => {
                     let after = self.cursor.get(&notice.partition).copied().unwrap_or(0);
                     match notice.changes {
+                        _ if notice.incarnation != self.incarnation => self.over = true,
                         _ if notice.revision <= after => {}
                         Some(changes) if notice.revision == after + 1 => {
                             self.ready.push_back(Commit {
@@ -939,39 +974,62 @@ fn directory(path: &Path) -> &Path {
 /// Makes the tables of a new file, and refuses one whose format is not known.
 fn check_format(database: &Database) -> Result<Found, Trouble> {
     let tx = database.begin_read()?;
-    let format = match tx.open_table(META) {
-        Ok(meta) => meta.get(META_FORMAT)?.map(|found| found.value()),
-        Err(TableError::TableDoesNotExist(_)) => None,
+    let (format, named) = match tx.open_table(META) {
+        Ok(meta) => (
+            meta.get(META_FORMAT)?.map(|found| found.value()),
+            meta.get(META_INCARNATION)?.is_some(),
+        ),
+        Err(TableError::TableDoesNotExist(_)) => (None, false),
         Err(e) => return Err(e.into()),
     };
     drop(tx);
     match format {
-        Some(FORMAT) => {}
-        Some(newer) => {
+        Some(FORMAT) if named => {}
+        Some(newer) if newer != FORMAT => {
             return Err(Trouble::Other(format!(
                 "it was written by a newer version of weir (format {newer}, this version knows \
                  {FORMAT}): run that version, or put back a backup from before it"
             )));
         }
-        None => {
+        // A new file, or one from before there were incarnations.
+        Some(_) | None => {
             let mut tx = database.begin_write()?;
             tx.set_durability(Durability::Immediate)?;
             tx.set_quick_repair(true);
             tx.open_table(RECORDS)?;
             tx.open_table(FEED)?;
             tx.open_table(HEADS)?;
-            tx.open_table(META)?.insert(META_FORMAT, FORMAT)?;
+            {
+                let mut meta = tx.open_table(META)?;
+                meta.insert(META_FORMAT, FORMAT)?;
+                meta.insert(META_INCARNATION, rand::random::<u64>())?;
+            }
             tx.commit()?;
         }
     }
     let tx = database.begin_read()?;
     let batch = tx.open_table(META)?.get(META_BATCH)?;
     let batch = batch.map_or(0, |found| found.value());
+    let incarnation = incarnation(&tx)?;
     let heads = tx.open_table(HEADS)?;
     let heads = Partition::all()
         .map(|partition| Ok((partition, head(&heads, partition)?)))
         .collect::<Result<_, Trouble>>()?;
-    Ok((batch, heads))
+    Ok(Found {
+        incarnation,
+        batch,
+        heads,
+    })
+}
+
+fn incarnation(tx: &ReadTransaction) -> Result<u64, Trouble> {
+    known_incarnation(&tx.open_table(META)?)
+}
+
+fn known_incarnation(meta: &impl ReadableTable<&'static str, u64>) -> Result<u64, Trouble> {
+    let found = meta.get(META_INCARNATION)?;
+    let missing = || Trouble::Damaged("it lacks its incarnation".into());
+    found.map(|found| found.value()).ok_or_else(missing)
 }
 
 fn head(
