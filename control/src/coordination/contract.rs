@@ -28,7 +28,8 @@ macro_rules! suite {
             hands_signals_to_every_listener, has_one_leader_and_rising_terms, passes_over_who_stopped_waiting,
             never_grants_more_than_the_capacity, grants_nothing_of_what_is_not_ready,
             binds_new_grants_to_a_lowered_capacity, takes_back_no_more_than_was_held,
-            frees_the_slots_of_who_left, forgets_slots_with_their_instance,
+            frees_the_slots_of_who_left, forgets_slots_with_their_instance, keeps_the_slots_of_an_instance_without_publisher,
+            takes_nothing_by_a_dropped_claim, gives_up_a_leadership_that_nobody_took,
         );
     };
     (@each $fresh:path, $($name:ident),* $(,)?) => {
@@ -134,7 +135,15 @@ pub(crate) async fn tells_every_change_in_order(coordination: Shared) {
                 assert_eq!(id, changing.id);
                 break;
             }
-            Event::All(_) => seen = None,
+            // After a gap: the last word, unless it came before the first.
+            Event::All(all) => match all.first() {
+                Some(now) => {
+                    assert!(seen.is_none_or(|before| before <= now.restarts));
+                    seen = Some(now.restarts);
+                }
+                None if seen.is_some() => break,
+                None => {}
+            },
         }
     }
 }
@@ -289,6 +298,23 @@ pub(crate) async fn passes_over_who_stopped_waiting(coordination: Shared) {
     soon("the one that waits", patient.lead()).await.unwrap();
 }
 
+pub(crate) async fn gives_up_a_leadership_that_nobody_took(coordination: Shared) {
+    let (leader, fickle, patient) = (
+        join(&coordination, "leader").await,
+        join(&coordination, "fickle").await,
+        join(&coordination, "patient").await,
+    );
+    soon("the leader", leader.lead()).await.unwrap();
+    let mut candidacy = fickle.lead();
+    assert!(futures_util::poll!(&mut candidacy).is_pending());
+    drop(leader);
+    // It may have been elected by now, or be about to be.
+    drop(candidacy);
+    let led = soon("the one that waits", patient.lead()).await.unwrap();
+    drop(patient);
+    assert!(soon("the one that left off", fickle.lead()).await.unwrap() > led);
+}
+
 pub(crate) async fn never_grants_more_than_the_capacity(coordination: Shared) {
     let agent = join(&coordination, "agent").await;
     let shared = instance(InstanceState::Ready, 7);
@@ -397,4 +423,50 @@ pub(crate) async fn forgets_slots_with_their_instance(coordination: Shared) {
     assert_eq!(agent.claim(again.id, 1).await.unwrap(), 0);
     ready(&*agent, &again).await;
     assert_eq!(agent.claim(again.id, 2).await.unwrap(), 2);
+}
+
+/// Who publishes an instance may look dead while the instance goes on, and the requests of others on it.
+pub(crate) async fn keeps_the_slots_of_an_instance_without_publisher(coordination: Shared) {
+    let (first, proxy) = (
+        join(&coordination, "first").await,
+        join(&coordination, "proxy").await,
+    );
+    let lasting = instance(InstanceState::Ready, 3);
+    ready(&*first, &lasting).await;
+    assert_eq!(proxy.claim(lasting.id, 2).await.unwrap(), 2);
+    let mut watch = coordination.watch().await.unwrap();
+    next(&mut watch).await;
+    drop(first);
+    assert_eq!(next(&mut watch).await, Event::Gone(lasting.id));
+    assert_eq!(proxy.held(lasting.id).await.unwrap(), 2);
+    assert_eq!(proxy.claim(lasting.id, 1).await.unwrap(), 0);
+
+    let second = join(&coordination, "second").await;
+    ready(&*second, &lasting).await;
+    assert_eq!(second.claim(lasting.id, 3).await.unwrap(), 1);
+    proxy.release(lasting.id, 2).await.unwrap();
+    assert_eq!(second.claim(lasting.id, 3).await.unwrap(), 2);
+}
+
+pub(crate) async fn takes_nothing_by_a_dropped_claim(coordination: Shared) {
+    let (agent, proxy) = (
+        join(&coordination, "agent").await,
+        join(&coordination, "proxy").await,
+    );
+    let shared = instance(InstanceState::Ready, 100);
+    ready(&*agent, &shared).await;
+    for n in 0..100 {
+        // Dropped before it was sent, under way, and after the answer came.
+        tokio::select! {
+            biased;
+            got = proxy.claim(shared.id, 1) => {
+                proxy.release(shared.id, got.unwrap()).await.unwrap();
+            }
+            () = async { for _ in 0..n { tokio::task::yield_now().await; } } => {}
+        }
+    }
+    until("the slots that nobody took", async || {
+        agent.held(shared.id).await.unwrap() == 0
+    })
+    .await;
 }

@@ -28,23 +28,21 @@ struct Facts {
     next_member: MemberId,
     members: BTreeMap<MemberId, Arc<dyn Load>>,
     instances: BTreeMap<InstanceId, Published>,
+    /// Who holds how many; without an entry, nobody any.
+    slots: BTreeMap<InstanceId, HashMap<MemberId, u32>>,
     watchers: Vec<UnboundedSender<Event>>,
     listeners: Vec<UnboundedSender<Signal>>,
     leader: Option<MemberId>,
+    /// The leader's, or the last one's.
     term: u64,
+    /// The leader knows of it.
+    taken: bool,
     candidates: VecDeque<(MemberId, oneshot::Sender<Term>)>,
 }
 
 struct Published {
     owner: MemberId,
     instance: Instance,
-    slots: HashMap<MemberId, u32>,
-}
-
-impl Published {
-    fn held(&self) -> u32 {
-        self.slots.values().sum()
-    }
 }
 
 impl Facts {
@@ -56,8 +54,14 @@ impl Facts {
     fn withdraw(&mut self, owner: MemberId, id: InstanceId) {
         if self.instances.get(&id).is_none_or(|p| p.owner == owner) {
             self.instances.remove(&id);
+            self.slots.remove(&id);
             self.tell(&Event::Gone(id));
         }
+    }
+
+    fn held(&self, id: InstanceId) -> u32 {
+        let holders = self.slots.get(&id);
+        holders.map_or(0, |holders| holders.values().sum())
     }
 
     /// Whoever waits longest leads next.
@@ -70,6 +74,7 @@ impl Facts {
             if elected.send(term).is_ok() {
                 self.term = term.0;
                 self.leader = Some(candidate);
+                self.taken = false;
             }
         }
     }
@@ -83,11 +88,14 @@ impl Facts {
             .map(|(id, _)| *id)
             .collect();
         for instance in own {
-            self.withdraw(member, instance);
+            // Not withdrawn: others may hold slots of it.
+            self.instances.remove(&instance);
+            self.tell(&Event::Gone(instance));
         }
-        for published in self.instances.values_mut() {
-            published.slots.remove(&member);
-        }
+        self.slots.retain(|_, holders| {
+            holders.remove(&member);
+            !holders.is_empty()
+        });
         self.candidates.retain(|(id, _)| *id != member);
         if self.leader == Some(member) {
             self.leader = None;
@@ -179,7 +187,6 @@ impl Member for LocalMember {
                 let published = Published {
                     owner: self.id,
                     instance,
-                    slots: HashMap::new(),
                 };
                 facts.instances.insert(published.instance.id, published);
             }
@@ -199,57 +206,87 @@ impl Member for LocalMember {
     }
 
     async fn lead(&self) -> Result<Term, CoordinationError> {
-        let elected = {
+        let mut candidacy = {
             let mut facts = self.all.facts();
             if facts.leader == Some(self.id) {
+                facts.taken = true;
                 return Ok(Term(facts.term));
             }
             let (sender, elected) = oneshot::channel();
             facts.candidates.push_back((self.id, sender));
             facts.elect();
-            elected
+            Candidacy {
+                all: &self.all,
+                elected,
+            }
         };
         // The sender goes with the member, which is borrowed here.
-        elected.await.map_err(|_| CoordinationError::Expired)
+        let gone = |_| CoordinationError::Expired;
+        let term = (&mut candidacy.elected).await.map_err(gone)?;
+        self.all.facts().taken = true;
+        Ok(term)
     }
 
     async fn claim(&self, instance: InstanceId, wanted: u32) -> Result<u32, CoordinationError> {
         let mut facts = self.all.facts();
         let Some(published) = facts
             .instances
-            .get_mut(&instance)
+            .get(&instance)
             .filter(|p| p.instance.state == InstanceState::Ready)
         else {
             return Ok(0);
         };
-        let free = published.instance.capacity.saturating_sub(published.held());
-        let granted = wanted.min(free);
+        let capacity = published.instance.capacity;
+        let granted = wanted.min(capacity.saturating_sub(facts.held(instance)));
         if granted > 0 {
-            *published.slots.entry(self.id).or_default() += granted;
+            let holders = facts.slots.entry(instance).or_default();
+            *holders.entry(self.id).or_default() += granted;
         }
         Ok(granted)
     }
 
     async fn release(&self, instance: InstanceId, slots: u32) -> Result<(), CoordinationError> {
         let mut facts = self.all.facts();
-        if let Some(published) = facts.instances.get_mut(&instance)
-            && let Some(held) = published.slots.get_mut(&self.id)
+        if let Some(holders) = facts.slots.get_mut(&instance)
+            && let Some(held) = holders.get_mut(&self.id)
         {
             *held = held.saturating_sub(slots);
             if *held == 0 {
-                published.slots.remove(&self.id);
+                holders.remove(&self.id);
+            }
+            if holders.is_empty() {
+                facts.slots.remove(&instance);
             }
         }
         Ok(())
     }
 
     async fn held(&self, instance: InstanceId) -> Result<u32, CoordinationError> {
-        Ok(self
-            .all
-            .facts()
-            .instances
-            .get(&instance)
-            .map_or(0, Published::held))
+        Ok(self.all.facts().held(instance))
+    }
+
+    /// Never: within one process nobody takes anybody for dead.
+    async fn expired(&self) {
+        std::future::pending().await
+    }
+}
+
+/// A wait for leadership. Dropped before it is over, it gives up what it may have won meanwhile.
+struct Candidacy<'a> {
+    all: &'a Local,
+    elected: oneshot::Receiver<Term>,
+}
+
+impl Drop for Candidacy<'_> {
+    fn drop(&mut self) {
+        let mut facts = self.all.facts();
+        if let Ok(term) = self.elected.try_recv()
+            && facts.term == term.0
+            && !facts.taken
+        {
+            facts.leader = None;
+            facts.elect();
+        }
     }
 }
 
