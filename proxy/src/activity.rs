@@ -25,6 +25,10 @@ pub struct Activity {
     turns: AtomicUsize,
     /// Bytes came while none was open: a head has begun.
     head: AtomicBool,
+    /// The caller reads more slowly than its answer comes: what is written waits.
+    blocked: AtomicBool,
+    /// How often a write that had waited went on.
+    unblocked: AtomicUsize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +37,8 @@ pub enum Phase {
     New,
     /// At least one request is open.
     Busy,
+    /// The last answer is with hyper, and its end is not with the socket yet.
+    Writing,
     /// Between requests.
     Idle,
     /// A further head has begun.
@@ -56,10 +62,21 @@ impl Activity {
         }
     }
 
+    /// A write was tried: whether it went on, or has to wait for the caller.
+    pub fn wrote(&self, went_on: bool) {
+        if !went_on {
+            self.blocked.store(true, Ordering::Relaxed);
+        } else if self.blocked.swap(false, Ordering::Relaxed) {
+            self.unblocked.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     #[must_use]
     pub fn phase(&self) -> Phase {
         if self.open.load(Ordering::Relaxed) > 0 {
             Phase::Busy
+        } else if self.blocked.load(Ordering::Relaxed) {
+            Phase::Writing
         } else if self.turns.load(Ordering::Relaxed) == 0 {
             Phase::New
         } else if self.head.load(Ordering::Relaxed) {
@@ -74,7 +91,7 @@ impl Activity {
 #[derive(Debug)]
 pub struct Watch {
     activity: Arc<Activity>,
-    seen: (usize, Phase),
+    seen: (usize, usize, Phase),
     limit: Pin<Box<Sleep>>,
     head: Duration,
     idle: Duration,
@@ -86,7 +103,7 @@ impl Watch {
     pub fn new(activity: Arc<Activity>, accepted: Instant, head: Duration, idle: Duration) -> Self {
         Self {
             activity,
-            seen: (0, Phase::New),
+            seen: (0, 0, Phase::New),
             limit: Box::pin(sleep_until(accepted + head)),
             head,
             idle,
@@ -99,15 +116,16 @@ impl Watch {
         loop {
             let now = (
                 self.activity.turns.load(Ordering::Relaxed),
+                self.activity.unblocked.load(Ordering::Relaxed),
                 self.activity.phase(),
             );
             // Requests have limits of their own, so the timer is left alone while one is open.
-            if now != self.seen && now.1 != Phase::Busy {
-                self.restart(now.1);
+            if now != self.seen && now.2 != Phase::Busy {
+                self.restart(now.2);
             }
             self.seen = now;
             ready!(self.limit.as_mut().poll(cx));
-            if now.1 != Phase::Busy {
+            if now.2 != Phase::Busy {
                 return Poll::Ready(());
             }
             self.restart(Phase::Idle);
@@ -117,7 +135,7 @@ impl Watch {
     fn restart(&mut self, phase: Phase) {
         let limit = match phase {
             Phase::New | Phase::Head => self.head,
-            Phase::Busy | Phase::Idle => self.idle,
+            Phase::Busy | Phase::Writing | Phase::Idle => self.idle,
         };
         self.limit.as_mut().reset(Instant::now() + limit);
     }
@@ -186,6 +204,34 @@ mod tests {
         // More bytes are not more time.
         activity.bytes_came();
         assert_eq!(ends(&mut watch).await, HEAD / 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_read_slowly_goes_on_as_long_as_it_does() {
+        let (activity, mut watch) = watched();
+        activity.begin();
+        activity.wrote(false);
+        activity.end();
+        for _ in 0..10 {
+            looks(&mut watch).await;
+            advance(IDLE / 2).await;
+            activity.wrote(true);
+            activity.wrote(false);
+        }
+        looks(&mut watch).await;
+        assert_eq!(ends(&mut watch).await, IDLE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn writes_that_do_not_wait_are_no_news() {
+        let (activity, mut watch) = watched();
+        activity.begin();
+        activity.end();
+        looks(&mut watch).await;
+        advance(IDLE / 3).await;
+        activity.wrote(true);
+        looks(&mut watch).await;
+        assert_eq!(ends(&mut watch).await, IDLE / 3 * 2);
     }
 
     #[tokio::test(start_paused = true)]

@@ -237,6 +237,12 @@ pub struct LimitArgs {
           default_value = "PT1S", value_parser = positive)]
     pub connect_timeout: IsoDuration,
 
+    /// How long a connection to an instance may idle and be used again, an ISO 8601 duration; less than what the
+    /// instance keeps it for, or a request may meet its closing
+    #[arg(long, env = "WEIR_INSTANCE_IDLE_TIMEOUT", value_name = "DURATION",
+          default_value = "PT4S", value_parser = positive)]
+    pub instance_idle_timeout: IsoDuration,
+
     /// Time for a request from its slot to its answer's last byte, an ISO 8601 duration
     #[arg(long, env = "WEIR_REQUEST_TIMEOUT", value_name = "DURATION",
           default_value = "PT1H", value_parser = positive)]

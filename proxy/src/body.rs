@@ -2,9 +2,10 @@
 //! caller.
 
 use std::{
+    io,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -32,11 +33,27 @@ pub struct Held {
 }
 
 /// Why a body could not be read on.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BodyFailure {
     TooLarge,
+    /// Its chunks are none.
+    Malformed,
     /// The caller broke it off.
-    Broken,
+    BrokeOff,
+}
+
+impl BodyFailure {
+    fn of(error: &hyper::Error) -> Self {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+        while let Some(error) = cause {
+            let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+            if let Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) = kind {
+                return Self::Malformed;
+            }
+            cause = error.source();
+        }
+        Self::BrokeOff
+    }
 }
 
 impl Held {
@@ -95,7 +112,7 @@ impl Held {
                 }
                 Ok(read)
             }
-            Some(Err(_)) => Err(BodyFailure::Broken),
+            Some(Err(error)) => Err(BodyFailure::of(&error)),
             None => {
                 self.rest = None;
                 Ok(0)
@@ -123,7 +140,7 @@ impl Held {
 #[derive(Debug, Default)]
 pub struct Progress {
     sent: AtomicBool,
-    too_large: AtomicBool,
+    failed: OnceLock<BodyFailure>,
 }
 
 impl Progress {
@@ -132,9 +149,10 @@ impl Progress {
     pub fn sent(&self) -> bool {
         self.sent.load(Ordering::Acquire)
     }
+    /// Why the rest did not come from the caller.
     #[must_use]
-    pub fn too_large(&self) -> bool {
-        self.too_large.load(Ordering::Acquire)
+    pub fn failed(&self) -> Option<BodyFailure> {
+        self.failed.get().copied()
     }
 }
 
@@ -189,7 +207,7 @@ impl Body for Outgoing {
                 match self.remaining.checked_sub(length) {
                     Some(remaining) => self.remaining = remaining,
                     None => {
-                        self.progress.too_large.store(true, Ordering::Release);
+                        _ = self.progress.failed.set(BodyFailure::TooLarge);
                         return Poll::Ready(Some(Err("the body is larger than the limit".into())));
                     }
                 }
@@ -197,7 +215,7 @@ impl Body for Outgoing {
                     self.rest = None;
                 }
             }
-            Some(Err(_)) => {}
+            Some(Err(error)) => _ = self.progress.failed.set(BodyFailure::of(error)),
         }
         self.note_end();
         Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
@@ -243,6 +261,10 @@ pub struct Streamed {
     _limit: Option<AbortOnDropHandle<()>>,
 }
 
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there is one for each answer, and it is in an Arc"
+)]
 #[derive(Debug)]
 enum Stage {
     Running(Exchange, Account),

@@ -14,6 +14,7 @@ use http::{HeaderMap, header};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, sync::watch};
 use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weir_control::{
     auth::{self, Denied},
@@ -23,6 +24,7 @@ use weir_control::{
 
 use crate::{
     account::AccessLog, limit::Limits, metrics::ProcessMetrics, refusal::Refusal, table::Table,
+    upstream::Times,
 };
 
 pub struct Core {
@@ -39,6 +41,8 @@ pub struct Core {
     /// Requests that are open on this core; the acceptor gives the next connection to the core with the fewest.
     pub open: Arc<AtomicUsize>,
     pub stopping: watch::Receiver<Stopping>,
+    /// Cancelled at [`Stopping::Now`], for what would be dear to watch for with each request.
+    pub over: CancellationToken,
     pub runtime: Handle,
 }
 
@@ -69,8 +73,8 @@ pub struct Settings {
     pub head_timeout: Duration,
     /// Between requests.
     pub idle_timeout: Duration,
-    /// Of an instance.
-    pub connect_timeout: Duration,
+    /// Of connections to instances.
+    pub instances: Times,
     /// From the slot to the answer's last byte; the wait before has limits of its own.
     pub request_timeout: Duration,
     /// Open at a time on one HTTP/2 connection.
@@ -134,12 +138,16 @@ impl Keys {
         })
     }
 
-    pub fn may_invoke(&self, key: &Key, function: FunctionId) -> Result<(), Refusal> {
-        if !auth::allows(key, "invoke_function") {
-            return Err(Refusal::Forbidden(
-                "The key lacks the scope invoke_function.".into(),
-            ));
+    pub fn may_invoke(&self, key: &Key) -> Result<(), Refusal> {
+        if auth::allows(key, "invoke_function") {
+            return Ok(());
         }
+        let why = "The key lacks the scope invoke_function.";
+        Err(Refusal::Forbidden(why.into()))
+    }
+
+    /// To be asked once it is clear that the key's account may know of the function.
+    pub fn covers(&self, key: &Key, function: FunctionId) -> Result<(), Refusal> {
         match &key.functions {
             Some(functions) if !functions.contains(&function) => {
                 Err(Refusal::Forbidden("The key is for other functions.".into()))

@@ -1,10 +1,10 @@
 //! What changes on a head between caller and instance.
 
-use std::sync::LazyLock;
+use std::{sync::LazyLock, time::Duration};
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use uuid::Uuid;
-use weir_control::model::Version;
+use weir_control::model::{Key, Version};
 
 use crate::{
     core::{Caller, Scheme, Settings},
@@ -30,18 +30,9 @@ static HOP_BY_HOP: LazyLock<[HeaderName; 9]> = LazyLock::new(|| {
     ]
 });
 
-/// Fields by which an instance knows who calls it: Weir alone sets them.
-const TRUSTED: [&str; 9] = [
-    "nvcf-reqid",
-    "nvcf-sub",
-    "nvcf-ncaid",
-    "nvcf-function-name",
-    "nvcf-function-id",
-    "nvcf-function-version-id",
-    "forwarded",
-    "x-real-ip",
-    "x-weir-error",
-];
+/// Fields by which an instance knows who calls it and where it is: Weir alone sets them.
+const TRUSTED: [&str; 3] = ["forwarded", "x-real-ip", "x-weir-error"];
+const TRUSTED_PREFIXES: [&str; 2] = ["nvcf-", "x-forwarded-"];
 
 /// Servers that hand fields on as variables (CGI, WSGI) take `_` and `-` for the same.
 fn trusted(name: &HeaderName) -> bool {
@@ -50,11 +41,11 @@ fn trusted(name: &HeaderName) -> bool {
         dashed.eq(other.bytes())
     };
     let name = name.as_str().as_bytes();
-    let forwarded = "x-forwarded-";
-    TRUSTED.iter().any(|other| same(name, other))
-        || name
-            .get(..forwarded.len())
-            .is_some_and(|start| same(start, forwarded))
+    let begins = |prefix: &&str| {
+        let start = name.get(..prefix.len());
+        start.is_some_and(|start| same(start, prefix))
+    };
+    TRUSTED.iter().any(|other| same(name, other)) || TRUSTED_PREFIXES.iter().any(begins)
 }
 
 fn drop_hop_by_hop(headers: &mut HeaderMap) {
@@ -62,9 +53,8 @@ fn drop_hop_by_hop(headers: &mut HeaderMap) {
         let named: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
             .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .filter_map(|name| name.trim().parse().ok())
+            .flat_map(|value| value.as_bytes().split(|&byte| byte == b','))
+            .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
             // Framing and the host can't be named away.
             .filter(|name| *name != header::CONTENT_LENGTH && *name != header::HOST)
             .collect();
@@ -86,24 +76,24 @@ pub fn check(request: &Parts) -> Result<(), Refusal> {
     if request.uri.path() == "*" && request.method != http::Method::OPTIONS {
         return bad("The target '*' is for OPTIONS alone.");
     }
-    if request.version < http::Version::HTTP_2 {
-        let mut hosts = request.headers.get_all(header::HOST).iter();
-        match (hosts.next(), hosts.next()) {
-            (Some(host), None) => {
-                let valid = host.to_str().is_ok_and(|host| {
-                    host.is_empty()
-                        || (!host.contains('@') && host.parse::<http::uri::Authority>().is_ok())
-                });
-                if !valid {
-                    return bad("The Host field is no host name.");
-                }
+    let mut hosts = request.headers.get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (Some(host), None) => {
+            let valid = host.to_str().is_ok_and(|host| {
+                host.is_empty()
+                    || (!host.contains('@') && host.parse::<http::uri::Authority>().is_ok())
+            });
+            if !valid {
+                return bad("The Host field is no host name.");
             }
-            (None, _) if request.version == http::Version::HTTP_11 => {
-                return bad("HTTP/1.1 needs one Host field.");
-            }
-            (None, _) => {}
-            (Some(_), Some(_)) => return bad("There are two Host fields. Send one."),
         }
+        (None, _) if request.version == http::Version::HTTP_11 => {
+            return bad("HTTP/1.1 needs one Host field.");
+        }
+        (None, _) => {}
+        (Some(_), Some(_)) => return bad("There are two Host fields. Send one."),
+    }
+    if request.version < http::Version::HTTP_2 {
         let mut codings = request.headers.get_all(header::TRANSFER_ENCODING).iter();
         if let Some(coding) = codings.next() {
             let chunked = coding.as_bytes().eq_ignore_ascii_case(b"chunked");
@@ -130,13 +120,13 @@ pub fn within(request: &Parts, settings: &Settings) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Makes the caller's head into the instance's.
+/// Makes the caller's head into the instance's. `left` is what is left of the time that the caller gave.
 pub fn forward(
     request: &mut Parts,
     caller: &Caller,
     version: &Version,
-    subject: &str,
-    account: &str,
+    key: &Key,
+    left: Option<Duration>,
 ) {
     // What the target itself names comes before the Host field (RFC 9112, 3.2.2).
     let host = request
@@ -149,6 +139,7 @@ pub fn forward(
         .or_else(|| request.headers.get(header::HOST).cloned());
     let headers = &mut request.headers;
     drop_hop_by_hop(headers);
+    join_cookies(headers);
     // A credential is for Weir alone.
     headers.remove(header::AUTHORIZATION);
     headers.remove(header::EXPECT);
@@ -172,8 +163,12 @@ pub fn forward(
             .as_hyphenated()
             .encode_lower(&mut Uuid::encode_buffer()),
     );
-    set("nvcf-sub", subject);
-    set("nvcf-ncaid", account);
+    set("nvcf-sub", &key.id.to_string());
+    set("nvcf-ncaid", &key.account.0);
+    if let Some(left) = left {
+        let seconds = left.as_secs_f64().ceil().max(1.0);
+        set("nvcf-poll-seconds", &seconds.to_string());
+    }
     set("nvcf-function-name", &version.name);
     set(
         "nvcf-function-id",
@@ -216,6 +211,18 @@ pub fn forward(
         }
     }
     request.version = http::Version::HTTP_11;
+}
+
+/// HTTP/2 may send each cookie in a field of its own, HTTP/1.1 has one field for all (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let cookies = headers.get_all(header::COOKIE);
+    if cookies.iter().nth(1).is_none() {
+        return;
+    }
+    let all: Vec<&[u8]> = cookies.iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(all) = HeaderValue::from_bytes(&all.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, all);
+    }
 }
 
 /// Makes the instance's head into the caller's.
@@ -271,6 +278,23 @@ mod tests {
         drop_hop_by_hop(&mut headers);
         assert_eq!(headers.len(), 1);
         assert_eq!(headers["content-length"], "3");
+        // One name that is none does not save the others.
+        let named = HeaderValue::from_bytes(b"x-mine, \xe9").unwrap();
+        headers.insert("connection", named);
+        headers.insert("x-mine", HeaderValue::from_static("1"));
+        drop_hop_by_hop(&mut headers);
+        assert_eq!(headers.len(), 1);
+    }
+
+    #[test]
+    fn cookies_are_one_field() {
+        let mut headers = HeaderMap::new();
+        for cookie in ["a=1", "b=2; c=3"] {
+            headers.append("cookie", HeaderValue::from_static(cookie));
+        }
+        join_cookies(&mut headers);
+        assert_eq!(headers.get_all("cookie").iter().count(), 1);
+        assert_eq!(headers["cookie"], "a=1; b=2; c=3");
     }
 
     #[test]
@@ -278,12 +302,14 @@ mod tests {
         for spoofed in [
             "nvcf-sub",
             "nvcf_sub",
+            "nvcf-asset-dir",
+            "nvcf-poll-seconds",
             "x-forwarded-user",
             "x_forwarded_for",
         ] {
             assert!(trusted(&HeaderName::from_static(spoofed)), "{spoofed}");
         }
-        for plain in ["x-mine", "nvcf-poll-seconds", "x-forwarded"] {
+        for plain in ["x-mine", "x-nvcf", "nvcf", "x-forwarded"] {
             assert!(!trusted(&HeaderName::from_static(plain)), "{plain}");
         }
     }
@@ -303,5 +329,12 @@ mod tests {
         assert!(head(&[("host", "a@b")]).is_err());
         assert!(head(&[("host", "a"), ("transfer-encoding", "chunked")]).is_ok());
         assert!(head(&[("host", "a"), ("transfer-encoding", "gzip, chunked")]).is_err());
+        let over_http2 = |host: &str| {
+            let request = http::Request::get("/").version(http::Version::HTTP_2);
+            let request = request.header("host", host).body(()).unwrap();
+            check(&request.into_parts().0)
+        };
+        assert!(over_http2("a.example").is_ok());
+        assert!(over_http2("a b,c@d").is_err());
     }
 }

@@ -6,7 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderMap, Request, Response, Uri, request::Parts, uri::PathAndQuery};
+use http::{HeaderMap, Request, Response, Uri, Version, request::Parts, uri::PathAndQuery};
 use hyper::body::{Body, Incoming};
 use tokio::time::{Instant, sleep, timeout_at};
 use weir_control::coordination::Signal;
@@ -45,13 +45,14 @@ pub async fn invoke(
         .view(target.function)
         .ok_or(Refusal::UnknownFunction)?;
     let key = core.keys.authenticate(&head.headers)?;
-    core.keys.may_invoke(&key, target.function)?;
+    core.keys.may_invoke(&key)?;
     let limit = core.settings.max_body;
     if body.size_hint().lower() > limit {
         return Err(Refusal::BodyTooLarge { limit });
     }
 
     let chosen = choose(&route, &target, &key)?;
+    core.keys.covers(&key, target.function)?;
     let (version, deployed, deployment) = chosen;
     account.deployed(deployed);
     core.limits.check(version, &key)?;
@@ -68,13 +69,7 @@ pub async fn invoke(
     let mut held = Held::new(body, limit);
     let (mut slot, mut waited) = take_slot(core, &ask, &mut held, &mut patience, chosen).await?;
 
-    headers::forward(
-        &mut head,
-        caller,
-        &version.version,
-        &key.id.to_string(),
-        &key.account.0,
-    );
+    headers::forward(&mut head, caller, &version.version, &key, patience.left());
     head.uri = path_for(&head.uri, &target, &version.version.inference_url)?;
     head.extensions.clear();
     let outgoing = held.outgoing();
@@ -87,21 +82,25 @@ pub async fn invoke(
     let (response, exchange) = loop {
         account.dispatched(waited.take());
         let instance = slot.target().instance;
-        let (connect, cancels) = (
-            core.settings.connect_timeout,
-            &deployed.metrics.cancel_timeouts,
-        );
-        match timeout_at(deadline, upstream::send(slot, request, connect, cancels)).await {
+        let cancels = &deployed.metrics.cancel_timeouts;
+        let send = upstream::send(slot, request, core.settings.instances, cancels);
+        match timeout_at(deadline, send).await {
             // A protocol that nobody asked for: what follows is no answer.
             Ok(Ok((response, _))) if response.status().is_informational() => {
                 return Err(Refusal::InstanceLost);
             }
             Ok(Ok(answered)) => break answered,
             Err(_) => return Err(Refusal::InstanceTimeout),
-            Ok(Err(Failure::Lost)) if progress.too_large() => {
-                return Err(Refusal::BodyTooLarge { limit });
+            Ok(Err(Failure::Lost)) => {
+                let callers = progress.failed().map(|failure| unread(failure, limit));
+                return Err(callers.unwrap_or(Refusal::InstanceLost));
             }
-            Ok(Err(Failure::Lost)) => return Err(Refusal::InstanceLost),
+            Ok(Err(Failure::Short(error))) => {
+                tracing::warn!(%error, "no connection to an instance could be made");
+                let why =
+                    format!("Weir itself can't open a connection to it ({error}). Try again.");
+                return Err(Refusal::NoCapacity(why.into()));
+            }
             Ok(Err(Failure::NotSent(unsent, refused))) => {
                 deployed.metrics.connect_failures.increment(1);
                 set_aside(core, deployed, instance.0.as_u128());
@@ -120,6 +119,8 @@ pub async fn invoke(
     };
 
     let (mut head, body) = response.into_parts();
+    // Not the instance's: an answer of HTTP/1.0 without a length would look whole wherever it broke off.
+    head.version = Version::HTTP_11;
     headers::answer(&mut head.headers);
     account.answered(head.status, None);
     let streamed = Streamed::new(body, exchange, account.take(), deadline);
@@ -256,9 +257,12 @@ struct Patience {
     cold: Duration,
     /// By the queue's clock.
     arrival: Duration,
-    /// The queue's phase at the arrival, known from the first wait on.
-    entered: Option<Phase>,
+    /// The queue's phase when it first had to wait, and what of the wait came before that.
+    entered: Option<(Phase, Duration)>,
 }
+
+/// A wait is looked at this often where the clock that runs is not the one that would end it first.
+const OTHER_CLOCK: Duration = Duration::from_secs(1);
 
 impl Patience {
     fn of(
@@ -296,39 +300,42 @@ impl Patience {
         })
     }
 
+    /// Of the caller's own limit.
+    fn left(&self) -> Option<Duration> {
+        self.callers
+            .map(|limit| limit.saturating_sub(self.waited()))
+    }
+
     fn waited(&self) -> Duration {
         clock::now().saturating_sub(self.arrival)
     }
 
-    /// Whether the wait is over, and the earliest time it could be. A request that waits again, since its instance
-    /// took no connection, goes on from where it was.
-    fn check(&mut self, now: Phase) -> Result<Duration, Expired> {
+    /// Whether the wait is over, and when to look again. `warm`: an instance is ready now. A request that waits again,
+    /// since its instance took no connection, goes on from where it was.
+    fn check(&mut self, now: Phase, warm: bool) -> Result<Duration, Expired> {
         let waited = self.waited();
+        let (entered, before) = *self.entered.get_or_insert((now, waited));
         // What came before the first wait was with an instance, so with one that was ready.
-        let entered = *self.entered.get_or_insert(Phase {
-            warm: now.warm.saturating_sub(waited),
-            cold: now.cold,
-        });
-        let busy_left = self
-            .busy
-            .saturating_sub(now.warm.saturating_sub(entered.warm));
+        let busy = before + now.warm.saturating_sub(entered.warm);
+        let busy_left = self.busy.saturating_sub(busy);
         let cold_left = self
             .cold
             .saturating_sub(now.cold.saturating_sub(entered.cold));
-        let own_left = self.callers.map(|limit| limit.saturating_sub(waited));
         if busy_left.is_zero() {
             return Err(Expired::Busy);
         }
         if cold_left.is_zero() {
             return Err(Expired::Cold);
         }
-        match own_left {
-            Some(Duration::ZERO) => Err(if now.warm > entered.warm {
-                Expired::Busy
-            } else {
-                Expired::Cold
-            }),
-            left => Ok(left.unwrap_or(Duration::MAX).min(busy_left).min(cold_left)),
+        let (runs, stands) = match warm {
+            true => (busy_left, cold_left),
+            false => (cold_left, busy_left),
+        };
+        let look = runs.min(stands.max(OTHER_CLOCK));
+        match self.left() {
+            Some(Duration::ZERO) if warm => Err(Expired::Busy),
+            Some(Duration::ZERO) => Err(Expired::Cold),
+            left => Ok(left.unwrap_or(Duration::MAX).min(look)),
         }
     }
 }
@@ -377,14 +384,15 @@ async fn wait(
     }
     let settings = &deployment.queue;
     loop {
-        let left = match patience.check(deployed.queue.phase()) {
+        let warm = deployed.queue.load().ready_instances > 0;
+        let left = match patience.check(deployed.queue.phase(), warm) {
             Ok(left) => left,
             Err(expired) => {
                 let waited = patience.waited();
                 return Err(match expired {
                     Expired::Busy => Refusal::BusyTimeout {
                         waited,
-                        retry_after: deployed.expected_wait(),
+                        retry_after: deployed.retry_after(),
                     },
                     Expired::Cold => Refusal::StartTimeout {
                         waited,
@@ -403,11 +411,20 @@ async fn wait(
             granted = &mut waiting => return granted.map_err(|refused| refusal(core, refused, deployed)),
             read = held.read(), if read_on => match read {
                 Ok(bytes) => waiting.add_bytes(bytes).map_err(|refused| refusal(core, refused, deployed))?,
-                Err(BodyFailure::TooLarge) => return Err(Refusal::BodyTooLarge { limit: core.settings.max_body }),
-                Err(BodyFailure::Broken) => return Err(Refusal::BadRequest("The body broke off.".into())),
+                Err(failure) => return Err(unread(failure, core.settings.max_body)),
             },
             () = sleep(left.min(Duration::from_secs(86_400))) => {}
         }
+    }
+}
+
+fn unread(failure: BodyFailure, limit: u64) -> Refusal {
+    match failure {
+        BodyFailure::TooLarge => Refusal::BodyTooLarge { limit },
+        BodyFailure::Malformed => {
+            Refusal::BadRequest("The body is not in the chunks that its head promises.".into())
+        }
+        BodyFailure::BrokeOff => Refusal::BodyBrokeOff,
     }
 }
 
@@ -419,7 +436,7 @@ fn refusal(core: &Core, refused: Refused, deployed: &Deployed) -> Refusal {
             } else {
                 format!("{limit} bytes of bodies wait")
             },
-            retry_after: deployed.expected_wait(),
+            retry_after: deployed.retry_after(),
         },
         Refused::Closed(_) if *core.stopping.borrow() >= Stopping::Draining => Refusal::Draining,
         Refused::Closed(why) => Refusal::NoCapacity(why),
@@ -472,14 +489,14 @@ mod tests {
             warm: 100 * SECOND,
             cold: 50 * SECOND,
         };
-        assert_eq!(patience.check(phase).unwrap(), 10 * SECOND);
+        assert_eq!(patience.check(phase, true).unwrap(), 10 * SECOND);
         phase.warm += 4 * SECOND;
-        assert_eq!(patience.check(phase).unwrap(), 6 * SECOND);
+        assert_eq!(patience.check(phase, true).unwrap(), 6 * SECOND);
         // The instance took no connection and is set aside: the next wait.
         phase.cold += 15 * SECOND;
-        assert_eq!(patience.check(phase).unwrap(), 5 * SECOND);
+        assert_eq!(patience.check(phase, false).unwrap(), 5 * SECOND);
         phase.warm += 6 * SECOND;
-        assert!(matches!(patience.check(phase), Err(Expired::Busy)));
+        assert!(matches!(patience.check(phase, true), Err(Expired::Busy)));
     }
 
     #[tokio::test(start_paused = true)]
@@ -490,6 +507,36 @@ mod tests {
             warm: 100 * SECOND,
             cold: Duration::ZERO,
         };
-        assert_eq!(patience.check(phase).unwrap(), 7 * SECOND);
+        assert_eq!(patience.check(phase, true).unwrap(), 7 * SECOND);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_ends_the_callers_own_time_is_what_it_waited_for_last() {
+        let mut patience = Patience {
+            callers: Some(2 * SECOND),
+            ..patience()
+        };
+        // It has been warm before, and is cold now.
+        let mut phase = Phase {
+            warm: 100 * SECOND,
+            cold: 50 * SECOND,
+        };
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(patience.check(phase, false).is_ok());
+        tokio::time::advance(2 * SECOND).await;
+        phase.cold += 2 * SECOND;
+        assert!(matches!(patience.check(phase, false), Err(Expired::Cold)));
+        assert!(matches!(patience.check(phase, true), Err(Expired::Busy)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_stands_is_not_slept_on() {
+        let mut patience = patience();
+        let mut phase = Phase::default();
+        patience.check(phase, true).unwrap();
+        phase.warm += 10 * SECOND - Duration::from_millis(1);
+        let busy_left = Duration::from_millis(1);
+        assert_eq!(patience.check(phase, true).unwrap(), busy_left);
+        assert_eq!(patience.check(phase, false).unwrap(), OTHER_CLOCK);
     }
 }

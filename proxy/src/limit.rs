@@ -1,8 +1,10 @@
 //! Rate limits of a version: NVCF's strings (`100-S,5000-H`), counted exactly
 //! and before the queue, by the generic cell rate algorithm (`governor`).
 //!
-//! `rateLimit` counts all callers together, `perNcaIdRate` one account,
-//! `perUserRate` one key; accounts in `exemptedNcaIds` skip the first.
+//! Counted are a key's invocations by `perUserRate`, and then an account's: by
+//! its own rate in `perNcaIdRate`, else by `rateLimit`, which is for each
+//! account alike and which those in `exemptedNcaIds` skip. An invocation that
+//! a later rate refuses has been counted by the earlier ones, as in NVCF.
 
 use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
@@ -86,7 +88,7 @@ fn applicable<'a>(limit: &'a RateLimit, key: &Key) -> Vec<(String, &'a str)> {
             limit
                 .rate_limit
                 .as_deref()
-                .map(|rate| ("all".to_owned(), rate)),
+                .map(|rate| (format!("account {}", key.account), rate)),
         ),
     }
     rates
@@ -114,6 +116,28 @@ fn parse(text: &str) -> Vec<Quota> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn key(account: &str) -> Key {
+        let mut key =
+            weir_control::auth::admin_key(weir_control::auth::ENVIRONMENT_KEY, String::new());
+        key.account = weir_control::model::AccountId(account.into());
+        key
+    }
+
+    #[test]
+    fn each_account_has_the_rate_to_itself() {
+        let limit = RateLimit {
+            rate_limit: Some("2-M".into()),
+            exempted_nca_ids: vec!["exempt".into()],
+            per_nca_id_rate: [("own".to_owned(), "5-M".to_owned())].into(),
+            ..RateLimit::default()
+        };
+        let of = |account| applicable(&limit, &key(account));
+        assert_eq!(of("a"), [("account a".to_owned(), "2-M")]);
+        assert_eq!(of("b"), [("account b".to_owned(), "2-M")]);
+        assert_eq!(of("own"), [("account own".to_owned(), "5-M")]);
+        assert_eq!(of("exempt"), []);
+    }
 
     #[test]
     fn a_rate_lets_its_count_through_at_once_and_no_more() {

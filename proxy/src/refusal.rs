@@ -17,6 +17,8 @@ pub static ERROR_HEADER: HeaderName = HeaderName::from_static("x-weir-error");
 pub enum Refusal {
     /// The request can't be understood.
     BadRequest(String),
+    /// The caller left before its request was whole.
+    BodyBrokeOff,
     UnknownFunction,
     NotInvokable {
         state: FunctionState,
@@ -59,7 +61,7 @@ impl Refusal {
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
-            Self::BadRequest(_) => "bad-request",
+            Self::BadRequest(_) | Self::BodyBrokeOff => "bad-request",
             Self::UnknownFunction => "unknown-function",
             Self::NotInvokable { .. } => "not-invokable",
             Self::Unauthenticated(_) => "unauthenticated",
@@ -81,7 +83,7 @@ impl Refusal {
     #[must_use]
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::BadRequest(_) | Self::BodyBrokeOff => StatusCode::BAD_REQUEST,
             Self::UnknownFunction => StatusCode::NOT_FOUND,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
@@ -115,6 +117,7 @@ impl Refusal {
     pub fn detail(&self) -> String {
         match self {
             Self::BadRequest(why) => why.clone(),
+            Self::BodyBrokeOff => "The body broke off before its end. Send it whole.".into(),
             Self::UnknownFunction => {
                 "There is no such function or version that this key may call, or it is not \
                  deployed. Check the ID, and deploy the version first."

@@ -20,6 +20,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
 };
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 use weir_control::{
     agent::{Agent, AgentConfig},
@@ -44,6 +45,7 @@ use crate::{
     server::{self, Desk},
     table::Table,
     tls::{self, Certificates, Files},
+    upstream::Times,
 };
 
 const NODE: &str = "local";
@@ -223,7 +225,10 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         max_body: allowed.max_body,
         head_timeout: allowed.head_timeout.0,
         idle_timeout: allowed.idle_timeout.0,
-        connect_timeout: allowed.connect_timeout.0,
+        instances: Times {
+            connect: allowed.connect_timeout.0,
+            idle: allowed.instance_idle_timeout.0,
+        },
         request_timeout: allowed.request_timeout.0,
         h2_streams: allowed.h2_streams.get(),
         h2_window: allowed.h2_window,
@@ -232,6 +237,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let data_tls = data_certificates
         .map(|certificates| tls::acceptor(certificates, least))
         .transpose()?;
+    let open_connections = TaskTracker::new();
     let mut desks = Vec::new();
     let mut cores = Vec::new();
     for index in 0..args.cores() {
@@ -260,12 +266,13 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             tls: data_tls.clone(),
             open,
             stopping: stopping.clone(),
+            over: CancellationToken::new(),
             runtime: core_runtime.handle().clone(),
         });
-        let connections = connections.clone();
+        let (open, connections) = (open_connections.clone(), connections.clone());
         let thread = thread::Builder::new()
             .name(format!("core-{index}"))
-            .spawn(move || core_runtime.block_on(server::serve(core, inbox, connections)))?;
+            .spawn(move || core_runtime.block_on(server::serve(core, inbox, open, connections)))?;
         cores.push(thread);
     }
     let accepting = tokio::spawn(server::accept(
@@ -412,10 +419,8 @@ impl Load for TableSlots {
 
 impl Slots for TableSlots {
     fn retire_if_idle(&self, version: VersionId, instance: InstanceId) -> bool {
-        let key = instance.0.as_u128();
-        self.0.deployed(version).is_none_or(|deployed| {
-            deployed.queue.busy_of(key).is_none() || deployed.queue.retire_if_idle(key)
-        })
+        let deployed = self.0.deployed(version);
+        deployed.is_none_or(|deployed| deployed.retire_if_idle(instance))
     }
 }
 

@@ -15,6 +15,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::Poll,
     time::Duration,
 };
 
@@ -28,7 +29,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep, timeout},
 };
-use tokio_util::either::Either;
+use tokio_util::{either::Either, task::TaskTracker};
 use uuid::Uuid;
 
 use crate::{
@@ -48,6 +49,11 @@ use crate::{
 /// How many heads and bodies hyper may buffer for one connection, in bytes, unless a head may be longer.
 const BUFFER: usize = 64 << 10;
 
+/// Once the grace is over, this is left for telling those that still wait or run.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// What a caller has for its first bytes once a stop has begun: it may have connected just before.
+const LATE: Duration = Duration::from_secs(1);
+
 /// A core's ear: connections come through it.
 pub struct Desk {
     pub connections: mpsc::UnboundedSender<(std::net::TcpStream, SocketAddr)>,
@@ -66,11 +72,19 @@ pub async fn accept(
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let mut next = 0;
+    let mut last = false;
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer))),
-            () = reached(&mut stopping, Stopping::Draining) => return Ok(()),
+            biased;
+            () = reached(&mut stopping, Stopping::Draining), if !last => {
+                last = true;
+                continue;
+            }
+            accepted = listener.accept() => accepted,
+            // Those that were in the backlog when the stop began are served still.
+            () = std::future::ready(()), if last => return Ok(()),
         };
+        let accepted = accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer)));
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -101,32 +115,35 @@ pub async fn reached(stopping: &mut watch::Receiver<Stopping>, stage: Stopping) 
     _ = stopping.wait_for(|now| *now >= stage).await;
 }
 
-/// Serves the connections of one core until the stop is over.
+/// Serves the connections of one core until the stop is over. `open` has the connections of all cores: a core stays
+/// as long as any is served, since what it opened to an instance may be of use to another core's request.
 pub async fn serve(
     core: Arc<Core>,
     mut inbox: mpsc::UnboundedReceiver<(std::net::TcpStream, SocketAddr)>,
+    open: TaskTracker,
     connections: Arc<AtomicUsize>,
 ) {
-    let tasks = tokio_util::task::TaskTracker::new();
+    let listening = open.token();
     let mut stopping = core.stopping.clone();
-    loop {
-        tokio::select! {
-            connection = inbox.recv() => {
-                let Some((stream, peer)) = connection else { break };
-                let counted = Counted::new(&connections);
-                let core = core.clone();
-                tasks.spawn(async move {
-                    connection_task(core, stream, peer).await;
-                    drop(counted);
-                });
-            }
-            () = reached(&mut stopping, Stopping::Draining) => break,
-        }
+    // The acceptor goes when the stop begins, and the inbox ends with what it had dealt by then.
+    while let Some((stream, peer)) = inbox.recv().await {
+        let counted = Counted::new(&connections);
+        let core = core.clone();
+        open.spawn(async move {
+            connection_task(core, stream, peer).await;
+            drop(counted);
+        });
     }
-    tasks.close();
+    drop(listening);
+    open.close();
     tokio::select! {
-        () = tasks.wait() => {}
-        () = reached(&mut stopping, Stopping::Now) => {}
+        () = open.wait() => {}
+        () = async {
+            reached(&mut stopping, Stopping::Now).await;
+            core.over.cancel();
+            // For the answers that say so.
+            sleep(LAST_WORDS).await;
+        } => {}
     }
 }
 
@@ -161,12 +178,12 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
         return;
     };
     _ = stream.set_nodelay(true);
-    let (stream, hang_up) = socket::share(stream);
+    let (mut stream, hang_up) = socket::share(stream);
     let accepted = Instant::now();
     let open = async {
         match &core.tls {
             Some(_) if hang_up.first_byte().await? != tls::HANDSHAKE => {
-                let http2 = hang_up.http2_preface().await?;
+                let http2 = stream.http2_preface().await?;
                 Some((Either::Left(stream), Scheme::HttpOnTls, http2))
             }
             Some(tls) => match tls.accept(stream).await {
@@ -180,12 +197,20 @@ async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: Soc
                 }
             },
             None => {
-                let http2 = hang_up.http2_preface().await?;
+                let http2 = stream.http2_preface().await?;
                 Some((Either::Left(stream), Scheme::Http, http2))
             }
         }
     };
-    let Ok(Some((stream, scheme, http2))) = timeout(core.settings.head_timeout, open).await else {
+    let mut stopping = core.stopping.clone();
+    let opened = tokio::select! {
+        opened = timeout(core.settings.head_timeout, open) => opened,
+        () = async {
+            reached(&mut stopping, Stopping::Draining).await;
+            sleep(LATE).await;
+        } => return,
+    };
+    let Ok(Some((stream, scheme, http2))) = opened else {
         return;
     };
     // Two kinds of streams are two kinds of loops, so that neither asks at each read which one it is.
@@ -264,9 +289,18 @@ where
             }
             // Its answer to a keep-alive PING does not make an unused connection a used one.
             () = poll_fn(|cx| watch.poll(cx)) => {
-                if activity.phase() != Phase::New {
-                    connection.as_mut().graceful_shutdown();
-                    _ = timeout(head, connection).await;
+                if activity.phase() == Phase::New {
+                    return;
+                }
+                connection.as_mut().graceful_shutdown();
+                // A request may have been on its way, and the end of an answer may wait for its reader.
+                loop {
+                    tokio::select! {
+                        _ = &mut connection => return,
+                        () = sleep(idle) => if activity.phase() != Phase::Busy {
+                            return;
+                        }
+                    }
                 }
             }
         }
@@ -286,24 +320,28 @@ where
         activity: activity.clone(),
     });
     let mut connection = pin!(builder.serve_connection(stream, service));
-    let mut told = false;
+    let (mut told, mut gone) = (false, false);
     loop {
         tokio::select! {
             biased;
             _ = &mut connection => return,
             // A FIN before the answer's end means that the caller left, as in nginx: dropping the connection drops
             // its request, and with that its place, its slot and its exchange.
-            () = hang_up.seen() => {
-                if activity.phase() != Phase::Busy {
-                    _ = timeout(head, connection).await;
+            () = hang_up.seen(), if !gone => {
+                if activity.phase() == Phase::Busy {
+                    return;
                 }
-                return;
+                gone = true;
             }
             () = reached(&mut stopping, Stopping::Draining), if !told => {
                 told = true;
                 connection.as_mut().graceful_shutdown();
             }
-            () = poll_fn(|cx| watch.poll(cx)) => return,
+            () = poll_fn(|cx| match gone && activity.phase() == Phase::Busy {
+                // A further request that was sent before the FIN.
+                true => Poll::Ready(()),
+                false => watch.poll(cx),
+            }) => return,
         }
     }
 }
@@ -369,13 +407,16 @@ async fn answer(
     account.target(target.function, target.version);
     let request = Request::from_parts(head, body);
     // A panic costs its own request; what the request held is given back by its guards.
-    let invoked = AssertUnwindSafe(invoke(core, &caller, target, request, &mut account))
-        .catch_unwind()
-        .await;
-    let invoked = invoked.unwrap_or_else(|_| {
-        tracing::error!(request_id = %caller.request_id, "an invocation panicked");
-        Err(Refusal::Internal)
-    });
+    let invoked = AssertUnwindSafe(invoke(core, &caller, target, request, &mut account));
+    let invoked = core.over.run_until_cancelled(invoked.catch_unwind()).await;
+    let invoked = match invoked {
+        Some(Ok(outcome)) => outcome,
+        Some(Err(_)) => {
+            tracing::error!(request_id = %caller.request_id, "an invocation panicked");
+            Err(Refusal::Internal)
+        }
+        None => Err(Refusal::Draining),
+    };
     match invoked {
         Ok(mut response) => {
             let status = response.status();
@@ -404,16 +445,22 @@ fn own(
     identified: bool,
     mut account: Account,
 ) -> Response<Answer> {
+    let left = matches!(outcome, Err(Refusal::BodyBrokeOff));
     let (mut response, error) = match outcome {
         Ok(response) => (response, None),
         Err(refusal) => (refusal.response(caller.request_id), Some(refusal.code())),
     };
-    if let Some(error) = error {
-        core.metrics.refused(error);
-    }
     let status = response.status();
-    account.answered(status, error);
-    account.own(response.body().len() as u64);
+    if left {
+        // Nobody reads what follows; the account says that by being dropped.
+        drop(account);
+    } else {
+        if let Some(error) = error {
+            core.metrics.refused(error);
+        }
+        account.answered(status, error);
+        account.own(response.body().len() as u64);
+    }
     headers::mark(
         response.headers_mut(),
         caller.request_id,

@@ -12,7 +12,6 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use tokio::{
@@ -26,6 +25,16 @@ use crate::activity::Activity;
 #[derive(Debug)]
 pub struct CallerSocket {
     stream: Arc<TcpStream>,
+    /// Read before hyper was there, and given to it first.
+    first: First,
+}
+
+/// What a connection begins with, as far as it was read to tell one protocol from another.
+#[derive(Debug, Default)]
+struct First {
+    bytes: [u8; PREFACE.len()],
+    /// Of those, the ones not given on yet.
+    left: std::ops::Range<usize>,
 }
 
 /// The watch's half.
@@ -37,6 +46,7 @@ pub fn share(stream: TcpStream) -> (CallerSocket, HangUp) {
     let stream = Arc::new(stream);
     let socket = CallerSocket {
         stream: stream.clone(),
+        first: First::default(),
     };
     (socket, HangUp(stream))
 }
@@ -66,31 +76,21 @@ impl HangUp {
         let mut first = [0];
         (self.0.peek(&mut first).await.ok()? > 0).then_some(first[0])
     }
-
-    /// Waits for the first bytes without taking them: whether they begin HTTP/2. `None`: none came.
-    pub async fn http2_preface(&self) -> Option<bool> {
-        let mut first = [0; PREFACE.len()];
-        loop {
-            let seen = self.0.peek(&mut first).await.ok()?;
-            match &first[..seen] {
-                [] => return None,
-                all if all == PREFACE => return Some(true),
-                // A preface in pieces: the rest is on its way, or the head's time limit ends this.
-                part if PREFACE.starts_with(part) => {
-                    tokio::time::sleep(Duration::from_millis(5)).await
-                }
-                _ => return Some(false),
-            }
-        }
-    }
 }
 
 impl AsyncRead for CallerSocket {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let first = &mut self.first;
+        if !first.left.is_empty() {
+            let given = first.left.len().min(buf.remaining());
+            buf.put_slice(&first.bytes[first.left.start..][..given]);
+            first.left.start += given;
+            return Poll::Ready(Ok(()));
+        }
         loop {
             ready!(self.stream.poll_read_ready(cx))?;
             let room = buf.initialize_unfilled();
@@ -120,6 +120,27 @@ impl AsyncRead for CallerSocket {
 }
 
 impl CallerSocket {
+    /// Reads until it is clear whether this is HTTP/2. `None`: the caller went before.
+    pub async fn http2_preface(&mut self) -> Option<bool> {
+        loop {
+            self.stream.readable().await.ok()?;
+            let seen = self.first.left.end;
+            match self.stream.try_read(&mut self.first.bytes[seen..]) {
+                Ok(0) => return None,
+                Ok(more) => self.first.left.end += more,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(_) => return None,
+            }
+            let seen = &self.first.bytes[self.first.left.clone()];
+            if seen == PREFACE {
+                return Some(true);
+            }
+            if !PREFACE.starts_with(seen) {
+                return Some(false);
+            }
+        }
+    }
+
     fn poll_io(
         &self,
         cx: &mut Context<'_>,
@@ -164,8 +185,8 @@ impl AsyncWrite for CallerSocket {
     }
 }
 
-/// A connection that tells of the bytes that come on it, for the time limits of heads. Over TLS that is after
-/// decryption: a record need not carry any.
+/// A connection that tells of the bytes that come and go on it, for the time limits. Over TLS that is above
+/// encryption: a record need not carry any.
 #[derive(Debug)]
 pub struct Telling<S> {
     pub stream: S,
@@ -190,20 +211,28 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Telling<S> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.activity.wrote(written.is_ready());
+        written
     }
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.activity.wrote(written.is_ready());
+        written
     }
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
     }
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        if flushed.is_pending() {
+            self.activity.wrote(false);
+        }
+        flushed
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)

@@ -8,7 +8,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -67,12 +67,20 @@ pub struct Deployed {
     pub metrics: VersionMetrics,
     /// Moving average of the time an instance takes for a request, in microseconds; 0: none yet.
     service_time: AtomicU64,
-    /// What the table's task last told the queue of each instance.
-    told: Mutex<HashMap<InstanceId, Arc<Backend>>>,
+    told: Mutex<Told>,
     /// How long the last starts of its instances took, the newest last.
     starts: Mutex<VecDeque<Duration>>,
     /// The start and the restarts of each instance that were counted.
     counted: Mutex<HashMap<InstanceId, (Option<Timestamp>, u32)>>,
+}
+
+/// What was told to the queue.
+#[derive(Default)]
+struct Told {
+    /// By the table's task, of each instance.
+    instances: HashMap<InstanceId, Arc<Backend>>,
+    /// Out of the queue for good: what is said of them later comes too late. Whether the directory had them since.
+    retired: HashMap<InstanceId, bool>,
 }
 
 impl Deployed {
@@ -89,6 +97,22 @@ impl Deployed {
             starts: Mutex::default(),
             counted: Mutex::default(),
         }
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the instance out for good, if it has no work; true if it is out, or was never in.
+    pub fn retire_if_idle(&self, instance: InstanceId) -> bool {
+        let key = instance.0.as_u128();
+        // With this lock no report of it comes in between.
+        let mut told = self.told();
+        let out = self.queue.busy_of(key).is_none() || self.queue.retire_if_idle(key);
+        if out {
+            told.retired.insert(instance, false);
+        }
+        out
     }
 
     /// Remembers how long an instance's start took.
@@ -121,10 +145,13 @@ impl Deployed {
         self.service_time.store(next.max(1), Ordering::Relaxed);
     }
 
-    /// `queue / capacity × mean service time`: when a place may be free again.
+    /// When a place may be free again: `queue / capacity × mean service time`, or a start where no instance is ready.
     #[must_use]
-    pub fn expected_wait(&self) -> Duration {
+    pub fn retry_after(&self) -> Duration {
         let load = self.queue.load();
+        if load.ready_instances == 0 {
+            return self.start_time().unwrap_or_default();
+        }
         let mean = Duration::from_micros(self.service_time.load(Ordering::Relaxed));
         mean.mul_f64(load.queued as f64 / load.capacity.max(1) as f64)
     }
@@ -297,7 +324,14 @@ impl Table {
 
 /// Tells the queue what changed about the instances since it was last told.
 fn tell_instances(deployed: &Deployed, instances: &[Instance], cancel_timeout: Duration) {
-    let mut told = deployed.told.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut told = deployed.told();
+    let told = &mut *told;
+    told.retired.retain(|id, there| {
+        let now = instances.iter().any(|instance| instance.id == *id);
+        let gone = *there && !now;
+        *there |= now;
+        !gone
+    });
     let mut dialled: HashMap<InstanceId, Arc<Backend>> = HashMap::new();
     for instance in instances {
         let Some(address) = instance.address else {
@@ -313,8 +347,9 @@ fn tell_instances(deployed: &Deployed, instances: &[Instance], cancel_timeout: D
         });
         let key = instance.id.0.as_u128();
         match instance.state {
+            _ if told.retired.contains_key(&instance.id) => {}
             InstanceState::Ready | InstanceState::Draining => {
-                let known = told.get(&instance.id);
+                let known = told.instances.get(&instance.id);
                 if known.is_none_or(|known| **known != *backend) {
                     if known.is_some_and(|known| {
                         (known.address, known.started) != (backend.address, backend.started)
@@ -337,10 +372,11 @@ fn tell_instances(deployed: &Deployed, instances: &[Instance], cancel_timeout: D
             InstanceState::Starting | InstanceState::Error => {}
         }
     }
-    for gone in told.keys().filter(|id| !dialled.contains_key(id)) {
+    let before = told.instances.keys();
+    for gone in before.filter(|id| !dialled.contains_key(id)) {
         deployed.queue.remove_instance(gone.0.as_u128());
     }
-    *told = dialled;
+    told.instances = dialled;
 }
 
 /// From its last spawn to its first healthy answer.
@@ -437,6 +473,26 @@ mod tests {
         // The same ID and address, and another process.
         instance.spawned_at = Some(Timestamp::now() + SignedDuration::from_secs(1));
         assert_eq!(tell(&instance), 1);
+    }
+
+    #[test]
+    fn a_retired_instance_does_not_come_back() {
+        let (deployed, mut instance) = deployed_and_instance();
+        let tell = |instances: &[Instance]| {
+            tell_instances(&deployed, instances, Duration::ZERO);
+            deployed.queue.load().ready_instances
+        };
+        // Retired while it starts: that it became ready is on its way.
+        assert!(deployed.retire_if_idle(instance.id));
+        assert_eq!(tell(std::slice::from_ref(&instance)), 0);
+        assert_eq!(tell(&[]), 0);
+        assert!(deployed.told().retired.is_empty());
+
+        instance.id = InstanceId::random();
+        assert_eq!(tell(std::slice::from_ref(&instance)), 1);
+        assert!(deployed.retire_if_idle(instance.id));
+        instance.capacity += 1;
+        assert_eq!(tell(std::slice::from_ref(&instance)), 0);
     }
 
     #[test]

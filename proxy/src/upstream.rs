@@ -8,22 +8,37 @@
 //! and only then is the slot free. An instance that ends work when its
 //! connection closes so never has more requests than slots.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use hyper::{Request, Response, body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use metrics::Counter;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
     sync::oneshot,
-    time::timeout,
+    time::{Instant, timeout},
 };
 use weir_control::model::InstanceId;
 use weir_queue::Slot;
 
 use crate::body::{Outgoing, Progress};
+
+/// The most that is read ahead of a caller who reads slowly, and so the longest head of an answer; in bytes.
+const BUFFER: usize = 64 << 10;
+/// What an instance has to close its side of a connection that nobody needs any more.
+const CLOSING: Duration = Duration::from_secs(5);
 
 /// Where an instance is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +60,18 @@ pub type InstanceSlot = Slot<Arc<Backend>, Connection>;
 pub struct Connection {
     sender: http1::SendRequest<Outgoing>,
     abandon: oneshot::Sender<Abandoned>,
+    /// Written by the socket: whether what was written waits for the instance to read.
+    blocked: Arc<AtomicBool>,
+    /// When it was last of use.
+    used: Instant,
+}
+
+/// What an attempt may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    pub connect: Duration,
+    /// A connection that idled for longer is not used again: the instance may be closing it just now.
+    pub idle: Duration,
 }
 
 /// What the connection's task gets when its exchange was dropped unfinished.
@@ -61,6 +88,9 @@ pub enum Failure {
     /// Nothing was sent; the request is whole and may go elsewhere. The slot is still held, where nothing else
     /// holds it: mark the instance first, or the next waiter gets the same refusal.
     NotSent(Box<Request<Outgoing>>, Option<InstanceSlot>),
+    /// Weir itself lacks what a connection takes, such as a file descriptor: nothing was sent, and the instance is
+    /// not to blame.
+    Short(std::io::Error),
     /// It was sent, in part at least, and may have had an effect.
     Lost,
 }
@@ -79,18 +109,25 @@ pub struct Exchange {
 pub async fn send(
     mut slot: InstanceSlot,
     mut request: Request<Outgoing>,
-    connect_timeout: Duration,
+    times: Times,
     cancel_timeouts: &Counter,
 ) -> Result<(Response<Incoming>, Exchange), Failure> {
     loop {
         let (connection, reused) = match slot.take_connection() {
-            Some(mut connection) => match connection.sender.ready().await {
-                Ok(()) => (connection, true),
-                Err(_) => continue,
-            },
-            None => match connect(slot.target().address, connect_timeout).await {
+            Some(mut connection) if connection.used.elapsed() < times.idle => {
+                // It is, unless the instance answered before it had read all of the last request.
+                match timeout(times.connect, connection.sender.ready()).await {
+                    Ok(Ok(())) => (connection, true),
+                    Ok(Err(_)) | Err(_) => continue,
+                }
+            }
+            Some(_) => continue,
+            None => match connect(slot.target().address, times.connect).await {
                 Ok(connection) => (connection, false),
-                Err(()) => return Err(Failure::NotSent(Box::new(request), Some(slot))),
+                Err(Unconnected::Short(error)) => return Err(Failure::Short(error)),
+                Err(Unconnected::Refused) => {
+                    return Err(Failure::NotSent(Box::new(request), Some(slot)));
+                }
             },
         };
         let progress = request.body().progress();
@@ -120,21 +157,107 @@ pub async fn send(
     }
 }
 
-async fn connect(address: SocketAddr, limit: Duration) -> Result<Connection, ()> {
-    let stream = timeout(limit, TcpStream::connect(address))
-        .await
-        .map_err(drop)?
-        .map_err(drop)?;
+enum Unconnected {
+    /// Or not taken in time.
+    Refused,
+    Short(std::io::Error),
+}
+
+async fn connect(address: SocketAddr, limit: Duration) -> Result<Connection, Unconnected> {
+    let stream = match timeout(limit, TcpStream::connect(address)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) if is_own_shortage(&error) => return Err(Unconnected::Short(error)),
+        Ok(Err(_)) | Err(_) => return Err(Unconnected::Refused),
+    };
     _ = stream.set_nodelay(true);
-    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(drop)?;
+    let blocked = Arc::new(AtomicBool::new(false));
+    let stream = Noting {
+        stream,
+        blocked: blocked.clone(),
+    };
+    let (sender, connection) = http1::Builder::new()
+        .max_buf_size(BUFFER)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|_| Unconnected::Refused)?;
     let (abandon, abandoned) = oneshot::channel();
     tokio::spawn(drive(connection, abandoned));
-    Ok(Connection { sender, abandon })
+    Ok(Connection {
+        sender,
+        abandon,
+        blocked,
+        used: Instant::now(),
+    })
+}
+
+/// Descriptors, ports or memory that ran out here.
+fn is_own_shortage(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    let short = [
+        Errno::MFILE,
+        Errno::NFILE,
+        Errno::ADDRNOTAVAIL,
+        Errno::NOBUFS,
+        Errno::NOMEM,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| short.contains(&errno))
+}
+
+/// A socket that notes whether what was written waits.
+#[derive(Debug)]
+struct Noting {
+    stream: TcpStream,
+    blocked: Arc<AtomicBool>,
+}
+
+impl Noting {
+    fn noted<T>(&self, written: Poll<T>) -> Poll<T> {
+        self.blocked.store(written.is_pending(), Ordering::Release);
+        written
+    }
+}
+
+impl AsyncRead for Noting {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Noting {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.noted(written)
+    }
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.noted(written)
+    }
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
 }
 
 /// Drives one connection until it ends or its exchange is abandoned, then sees the instance off.
 async fn drive(
-    mut connection: http1::Connection<TokioIo<TcpStream>, Outgoing>,
+    mut connection: http1::Connection<TokioIo<Noting>, Outgoing>,
     mut abandoned: oneshot::Receiver<Abandoned>,
 ) {
     let early = {
@@ -145,16 +268,17 @@ async fn drive(
             _ = &mut driven => None,
             taken = &mut abandoned => match taken {
                 Ok(taken) => Some(taken),
-                // The sender is gone without an abandoned exchange: an idle connection was dropped.
+                // The sender is gone without an abandoned exchange: an idle connection was dropped. What is left to
+                // be written may never be read.
                 Err(_) => {
-                    _ = driven.await;
+                    _ = timeout(CLOSING, driven).await;
                     None
                 }
             },
         }
     };
     // From here on a slot that comes is held until this task ends.
-    let mut stream = connection.into_parts().io.into_inner();
+    let mut stream = connection.into_parts().io.into_inner().stream;
     let limit = |a: &Abandoned| a.slot.target().cancel_timeout;
     let closing = async {
         _ = stream.shutdown().await;
@@ -168,7 +292,7 @@ async fn drive(
             (Some(held), closed)
         }
         None => {
-            let closed = timeout(Duration::from_secs(5), &mut closing).await.is_ok();
+            let closed = timeout(CLOSING, &mut closing).await.is_ok();
             (abandoned.try_recv().ok(), closed)
         }
     };
@@ -186,10 +310,13 @@ async fn drive(
 impl Exchange {
     /// The answer's last byte has come: the slot is free, and keeps the connection if the request went out whole.
     pub fn finish(mut self) {
-        let Some((slot, connection)) = self.inner.take() else {
+        let Some((slot, mut connection)) = self.inner.take() else {
             return;
         };
-        if self.progress.sent() && !connection.sender.is_closed() {
+        // An instance may answer before it has read everything: what it did not read stands before the next request.
+        let out = self.progress.sent() && !connection.blocked.load(Ordering::Acquire);
+        if out && !connection.sender.is_closed() {
+            connection.used = Instant::now();
             slot.release_with(connection);
         } else {
             self.inner = Some((slot, connection));

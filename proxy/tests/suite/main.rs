@@ -7,6 +7,7 @@
 
 mod calls;
 mod crashes;
+mod edges;
 mod instance;
 mod leaving;
 mod limits;
@@ -14,6 +15,7 @@ mod metrics;
 mod passing;
 mod restart;
 mod states;
+mod stopping;
 mod storm;
 mod support;
 mod tls;

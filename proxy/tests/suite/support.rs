@@ -216,11 +216,25 @@ impl Server {
                 });
             }
         });
+        self.endpoint(address, 1).await
+    }
+
+    /// A function whose one instance is this server, of this capacity.
+    pub(crate) async fn endpoint(&self, address: SocketAddr, capacity: u32) -> Function {
+        self.endpoint_with(address, capacity, json!({})).await
+    }
+
+    pub(crate) async fn endpoint_with(
+        &self,
+        address: SocketAddr,
+        capacity: u32,
+        extra: Value,
+    ) -> Function {
         let mut asked = definition(&[], &[]);
         asked["process"].take();
         asked["endpoints"] = json!([format!("http://{address}")]);
         let function = Function::of(&self.post("/v2/nvcf/functions", &asked).await);
-        self.deploy(&function, (1, 1, 1), json!({})).await;
+        self.deploy(&function, (1, 1, capacity), extra).await;
         function
     }
 
