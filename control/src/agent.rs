@@ -70,10 +70,12 @@ impl AgentConfig {
 
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    #[error("cannot use the data directory '{path}': {source}", path = path.display())]
+    #[error("can't use the data directory '{path}': there has to be room, and weir's user has to be let write there", path = path.display())]
     DataDir { path: PathBuf, source: io::Error },
-    #[error("another agent uses the data directory '{path}'", path = path.display())]
+    #[error("another weir's agent uses the data directory '{path}': stop it, or give this one a directory of its own", path = path.display())]
     InUse { path: PathBuf },
+    #[error("--instance-user: {0}")]
+    User(String),
     #[error("cannot start the agent's thread: {0}")]
     Thread(io::Error),
 }
@@ -157,6 +159,9 @@ impl Agent {
             Ok(()) => (),
             Err(fs::TryLockError::WouldBlock) => return Err(AgentError::InUse { path }),
             Err(fs::TryLockError::Error(source)) => return Err(unusable(source)),
+        }
+        if let (Some(user), true) = (&config.user, spawn::is_root()) {
+            spawn::user(user).map_err(|error| AgentError::User(error.to_string()))?;
         }
         let node = Node {
             id: identity(&data_dir).map_err(unusable)?,

@@ -17,11 +17,15 @@ pub(super) enum EndpointError {
     Malformed(String),
     #[error("cannot resolve '{0}': {1}")]
     Resolve(String, std::io::Error),
-    #[error("'{0}' has no address")]
+    #[error("'{0}' has no address: look at the name server")]
     NoAddress(String),
-    #[error("endpoint '{0}' is refused: {1} is a link-local address")]
+    #[error(
+        "endpoint '{0}' is refused: {1} is a link-local address; make a version that names another"
+    )]
     LinkLocal(String, IpAddr),
-    #[error("endpoint '{0}' is refused: {1} is one of Weir's own listeners")]
+    #[error(
+        "endpoint '{0}' is refused: {1} is one of Weir's own listeners; make a version that names another"
+    )]
     Own(String, SocketAddr),
 }
 
@@ -191,8 +195,8 @@ async fn become_ready(
             () = tokio::time::sleep_until(started + start_timeout.0), if !late => {
                 late = true;
                 record.error(format!(
-                    "did not become ready within {start_timeout}; last probe: {}",
-                    probes.last
+                    "did not become ready within {start_timeout}; last probe of {}: {}; start that server, or correct the health check",
+                    probes.check, probes.last
                 ));
             }
         }

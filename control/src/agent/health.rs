@@ -2,7 +2,7 @@
 //! overlapping, so that a probe that hangs does not delay the next. [`Watch`]
 //! from then on.
 
-use std::{future::poll_fn, net::SocketAddr, pin::Pin, task::Poll, time::Duration};
+use std::{fmt, future::poll_fn, net::SocketAddr, pin::Pin, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, StatusCode, header};
@@ -31,8 +31,8 @@ pub(super) enum ProbeError {
     Refused,
     #[error("cannot connect: {0}")]
     Connect(String),
-    #[error("status {0}")]
-    Status(u16),
+    #[error("status {0} and not {1}")]
+    Status(u16, u16),
     #[error("timed out after {0:?}")]
     TimedOut(Duration),
     #[error("no HTTP answer: {0}")]
@@ -49,6 +49,13 @@ pub(super) struct Check {
     uri: String,
     expected: u16,
     timeout: Duration,
+}
+
+/// Where it asks, and what it hopes for.
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "http://{}{}", self.host, self.uri)
+    }
 }
 
 type Probe = Pin<Box<dyn Future<Output = Result<(), ProbeError>> + Send>>;
@@ -118,7 +125,7 @@ impl Check {
         if StatusCode::from_u16(self.expected).is_ok_and(|expected| expected == status) {
             Ok(())
         } else {
-            Err(ProbeError::Status(status.as_u16()))
+            Err(ProbeError::Status(status.as_u16(), self.expected))
         }
     }
 }
@@ -147,7 +154,7 @@ fn victim(starts: &[Instant], now: Instant) -> usize {
 
 /// Probes of an instance that starts.
 pub(super) struct Probes {
-    check: Check,
+    pub(super) check: Check,
     started: Instant,
     next: Instant,
     flight: Vec<(Instant, Probe)>,

@@ -172,7 +172,7 @@ impl Process<'_> {
         let started_at = Instant::now();
         let Some(port) = self.node.ports.lease(started_at) else {
             return at_once(format!(
-                "no free port for an instance on node {}",
+                "no free port for an instance on node {}: give --instance-ports more, or wait a minute for those that rest",
                 self.node.name
             ));
         };
@@ -249,7 +249,9 @@ impl Process<'_> {
             }
             Outcome::Late(why) => (Duration::ZERO, Some((why, false))),
             Outcome::Stranger(port) => {
-                let why = format!("port {port} is held by a process that is not this instance's");
+                let why = format!(
+                    "port {port} is held by a process that is not this instance's: end that process, or let the instance itself listen on $PORT"
+                );
                 self.record.error(why.clone());
                 (Duration::ZERO, Some((why, true)))
             }
@@ -314,8 +316,9 @@ impl Process<'_> {
                 },
                 () = sleep_until(started + start_timeout.0), if !self.record.draining => {
                     return Outcome::Late(format!(
-                        "did not become ready within {start_timeout}; last probe: {}",
-                        probes.last
+                        "did not become ready within {start_timeout}; last probe of {}: {}; it has to listen on $PORT and \
+                         pass its health check, or needs a longer startTimeout",
+                        probes.check, probes.last
                     ));
                 }
                 answer = join(&mut asking), if asking.is_some() => {

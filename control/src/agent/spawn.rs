@@ -53,7 +53,7 @@ pub(super) enum SpawnError {
     UserLookup(String, io::Error),
     #[error("the version's process has an empty command")]
     NoCommand,
-    #[error("cannot start '{program}'{place}: {source}")]
+    #[error("cannot start '{program}'{place}: {source}{}", advice(source))]
     Spawn {
         program: String,
         place: String,
@@ -61,6 +61,19 @@ pub(super) enum SpawnError {
     },
     #[error("cannot take the instance's output: {0}")]
     Output(io::Error),
+}
+
+/// What to do about a program that does not start.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            "; the version's process.command and workingDir have to be on the node, the command in PATH or by its whole path"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "; let the user that instances run as (--instance-user) reach and execute it"
+        }
+        _ => "",
+    }
 }
 
 pub(super) fn is_root() -> bool {
