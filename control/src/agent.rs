@@ -41,6 +41,8 @@ use crate::{
     model::{Deployment, GpuSpecificationId, Instance, InstanceId, Launch, Version},
 };
 
+pub(crate) use endpoint::forbidden;
+
 /// Whether Weir alone sets this variable of an instance's environment.
 #[must_use]
 pub fn reserved(variable: &str) -> bool {

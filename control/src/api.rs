@@ -19,6 +19,7 @@ mod tests;
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -58,6 +59,8 @@ pub struct Context {
     pub admin: Option<Arc<Key>>,
     /// `--auth none`: everybody is the admin.
     pub open: bool,
+    /// Weir's own listeners, which no endpoint may name.
+    pub listeners: Vec<SocketAddr>,
     /// Functions an account may have.
     pub max_functions: usize,
 }

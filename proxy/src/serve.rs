@@ -187,6 +187,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         }),
         admin: admin_key.key.clone(),
         open: args.auth == Auth::None,
+        listeners: vec![listen, admin_address],
         max_functions: args.limits.max_functions.get(),
     });
     let router = api::router(context).merge(health_routes(observed, stopping.clone()));

@@ -1,6 +1,6 @@
 //! An instance that runs already: it is resolved, asked how it is, and let go.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use tokio::time::{Instant, sleep};
 
@@ -70,6 +70,49 @@ fn own(address: SocketAddr, forbidden: &[SocketAddr]) -> bool {
         .iter()
         .filter(|f| f.port() == address.port())
         .any(|f| canonical(f.ip()).map_or_else(|| is_here(target), |ip| ip == target))
+}
+
+/// Why the host of an endpoint can't be an instance, as far as it shows. What another name than `localhost` means
+/// shows only when it is looked up, and is looked at then.
+pub(crate) fn forbidden(
+    host: &str,
+    ports: &[u16],
+    listeners: &[SocketAddr],
+) -> Option<&'static str> {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let host = host.strip_suffix('.').unwrap_or(host);
+    let last = host.rsplit('.').next().unwrap_or_default();
+    let local = last.eq_ignore_ascii_case("localhost");
+    let meant: Vec<IpAddr> = match host.parse::<IpAddr>() {
+        Ok(ip) => vec![ip.to_canonical()],
+        Err(_) if local => vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()],
+        // Resolvers take such for addresses: 2852039166 and 0xa9fea9fe are 169.254.169.254.
+        Err(_) if is_number(last) => {
+            return Some("has to be a name, or an address such as 10.0.0.5");
+        }
+        Err(_) => return None,
+    };
+    if meant.iter().any(|ip| link_local(*ip)) {
+        return Some("is a link-local address, where no instance may be: name another address");
+    }
+    if meant.iter().any(IpAddr::is_unspecified) {
+        return Some("is every address of this machine: name the one that the server listens on");
+    }
+    let own = meant.iter().any(|ip| {
+        let mut used = ports.iter().map(|port| SocketAddr::new(*ip, *port));
+        used.any(|address| own(address, listeners))
+    });
+    own.then_some(
+        "(or its health.port) is Weir's own listener: name the server that Weir is to call",
+    )
+}
+
+/// Whether resolvers take a host whose last part this is for an IPv4 address.
+fn is_number(part: &str) -> bool {
+    match part.strip_prefix("0x").or(part.strip_prefix("0X")) {
+        Some(hex) => hex.bytes().all(|b| b.is_ascii_hexdigit()),
+        None => !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()),
+    }
 }
 
 /// Where the endpoint takes requests, and how it is asked for its health.
@@ -245,6 +288,42 @@ mod tests {
         ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_a_host_shows_is_looked_at_before_it_is_used() {
+        let own = ["127.0.0.1:8080".parse().unwrap()];
+        for host in [
+            "169.254.169.254",
+            "169.254.169.254.",
+            "[fe80::1]",
+            "[::ffff:169.254.1.1]",
+            "2852039166",
+            "0xa9fea9fe",
+            "0251.0376.0251.0376",
+            "169.254.43518",
+            "0.0.0.0",
+            "[::]",
+            "[::ffff:0.0.0.0]",
+            "127.0.0.1",
+            "[::ffff:127.0.0.1]",
+            "localhost",
+            "a.LOCALHOST.",
+        ] {
+            assert!(forbidden(host, &[8080], &own).is_some(), "{host}");
+        }
+        for host in [
+            "10.0.0.5",
+            "127.0.0.2",
+            "[2001:db8::1]",
+            "gpu-7",
+            "3090-box",
+            "a.0xyz",
+        ] {
+            assert_eq!(forbidden(host, &[8080], &own), None, "{host}");
+        }
+        assert_eq!(forbidden("127.0.0.1", &[9000], &own), None);
+        assert!(forbidden("127.0.0.1", &[9000, 8080], &own).is_some());
     }
 
     #[test]

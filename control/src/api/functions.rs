@@ -1,6 +1,9 @@
 //! Functions and their versions.
 
-use std::collections::{BTreeMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::SocketAddr,
+};
 
 use axum::{Json, extract::State};
 use http::StatusCode;
@@ -15,7 +18,7 @@ use super::{
     no_version, retried,
 };
 use crate::{
-    agent::reserved,
+    agent::{forbidden, reserved},
     directory::{FunctionView, VersionView, encode, record},
     model::{
         Deployment, FunctionId, FunctionState, Health, HealthProtocol, Instance, InstanceState,
@@ -419,7 +422,12 @@ fn checked_rate_limit(limit: &RateLimitBody) -> Result<RateLimit, Problem> {
     })
 }
 
-fn checked_endpoints(endpoints: Vec<String>) -> Result<Vec<String>, Problem> {
+/// `listeners` are Weir's own, and `health` the port that is asked for an instance's health, where it is another.
+fn checked_endpoints(
+    endpoints: Vec<String>,
+    health: Option<u16>,
+    listeners: &[SocketAddr],
+) -> Result<Vec<String>, Problem> {
     check(!endpoints.is_empty(), "endpoints: at least one is needed")?;
     let mut seen = HashSet::new();
     let mut all = Vec::new();
@@ -445,17 +453,9 @@ fn checked_endpoints(endpoints: Vec<String>) -> Result<Vec<String>, Problem> {
             ));
         };
         let host = host.to_ascii_lowercase();
-        let forbidden = match host.trim_matches(['[', ']']).parse() {
-            Ok(std::net::IpAddr::V4(v4)) => v4.is_link_local() || v4.is_unspecified(),
-            Ok(std::net::IpAddr::V6(v6)) => {
-                v6.is_unicast_link_local()
-                    || v6.is_unspecified()
-                    || v6.to_ipv4_mapped().is_some_and(|v4| v4.is_link_local())
-            }
-            Err(_) => false,
-        };
-        if forbidden {
-            return Err(wrong("is link-local or unspecified, which is not allowed"));
+        let ports = [port, health.unwrap_or(port)];
+        if let Some(why) = forbidden(&host, &ports, listeners) {
+            return Err(wrong(why));
         }
         let clean = format!("http://{host}:{port}");
         if !seen.insert(clean.clone()) {
@@ -479,6 +479,7 @@ fn empty(value: &Value) -> bool {
 impl CreateFunctionRequest {
     fn checked(
         self,
+        api: &super::Api,
         caller: &Caller,
         function: FunctionId,
         account: crate::model::AccountId,
@@ -586,7 +587,8 @@ impl CreateFunctionRequest {
             }
             (None, Some(endpoints)) => {
                 caller.needs("register_endpoints")?;
-                Launch::Endpoints(checked_endpoints(endpoints)?)
+                let health = self.health.as_ref().and_then(|health| health.port);
+                Launch::Endpoints(checked_endpoints(endpoints, health, &api.listeners)?)
             }
             (None, None) => {
                 return Err(Problem::bad(
@@ -695,7 +697,7 @@ pub(crate) async fn create(
             "this key may name certain functions only, so it can't make one: use another key",
         ));
     }
-    let version = request.checked(&caller, FunctionId::random(), caller.account.clone())?;
+    let version = request.checked(&api, &caller, FunctionId::random(), caller.account.clone())?;
     let _place = api.place(&caller.account)?;
     let view = insert(&api, version).await?;
     Ok(Json(FunctionReply {
@@ -713,7 +715,7 @@ pub(crate) async fn create_version(
 ) -> Result<Json<FunctionReply>, Problem> {
     caller.needs("register_function")?;
     let function = caller.own(&api, names.function()?)?;
-    let version = request.checked(&caller, function.id, function.account.clone())?;
+    let version = request.checked(&api, &caller, function.id, function.account.clone())?;
     let view = insert(&api, version).await?;
     Ok(Json(FunctionReply {
         function: FunctionDto::of(&caller, &view, false),

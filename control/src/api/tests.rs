@@ -58,6 +58,7 @@ async fn weir_with(max_functions: usize) -> Weir {
     let (follower, source) = (directory.clone(), store.clone());
     tokio::spawn(async move { follower.follow(&*source, feed).await });
     let context = Arc::new(Context {
+        listeners: vec![],
         store,
         directory,
         runtime: Arc::new(Still),
