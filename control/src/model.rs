@@ -92,17 +92,24 @@ impl IsoDuration {
 impl FromStr for IsoDuration {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        let wrong = || format!("'{s}' is not an ISO 8601 duration such as PT1M30S");
+        let wrong = || format!("'{s}' is not an ISO 8601 duration such as PT1M30S, or is too long");
+        if s.starts_with('-') || s.starts_with("P") && s.contains('-') {
+            return Err(format!(
+                "'{s}' is negative: a duration has to be nothing or more, such as PT1M30S"
+            ));
+        }
         if !s.starts_with(['P', 'p']) {
             return Err(wrong());
         }
         let span: jiff::Span = s.parse().map_err(|_| wrong())?;
         let signed = span
             .to_duration(jiff::SpanRelativeTo::days_are_24_hours())
-            .map_err(|_| wrong())?;
-        Duration::try_from(signed)
-            .map(Self)
-            .map_err(|_| format!("'{s}' is negative"))
+            .map_err(|_| {
+                format!(
+                    "'{s}' counts years or months, which have no one length: use days, hours, minutes and seconds"
+                )
+            })?;
+        Duration::try_from(signed).map(Self).map_err(|_| wrong())
     }
 }
 impl fmt::Display for IsoDuration {

@@ -386,7 +386,7 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
         check(
             spec.min_instances <= spec.max_instances,
             format!(
-                "{at}.minInstances: {} is more than maxInstances, {}",
+                "{at}.minInstances: {} is more than maxInstances, {}: lower it, or raise maxInstances",
                 spec.min_instances, spec.max_instances
             ),
         )?;
@@ -429,7 +429,7 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
     )?;
     check(
         http::HeaderName::try_from(&deployment.routing.session_header).is_ok(),
-        "routing.sessionHeader: is not the name of a header",
+        "routing.sessionHeader: is not the name of a header, such as x-session-id",
     )?;
     match &version.launch {
         Launch::Process(_) => check(

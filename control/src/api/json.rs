@@ -55,17 +55,65 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
         .and_then(|value| deserializer.end().map(|()| value))
         .map_err(|error| Problem::bad(format!("the body is not valid JSON: {error}")))?;
     if !value.is_object() {
-        return Err(Problem::bad("the body has to be a JSON object"));
+        return Err(Problem::bad(
+            "the body has to be a JSON object, such as {\"name\": \"a\"}: see /openapi.json for its members",
+        ));
     }
     serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
-        let inner = error.into_inner();
-        Problem::bad(if path == "." {
-            inner.to_string()
-        } else {
-            format!("{path}: {inner}")
-        })
+        wrong(&path, &error.into_inner().to_string())
     })
+}
+
+/// What serde says of the member at `path`, for people who write JSON and no Rust.
+fn wrong(path: &str, said: &str) -> Problem {
+    let member = |name: &str| match (path, name) {
+        (".", "") => "the body".to_owned(),
+        (".", name) => name.to_owned(),
+        (path, "") => path.to_owned(),
+        (path, name) => format!("{path}.{name}"),
+    };
+    if let Some(name) = said.strip_prefix("missing field ") {
+        return Problem::bad(format!("{}: is needed", member(name.trim_matches('`'))));
+    }
+    if said.starts_with("UUID parsing failed") {
+        return Problem::bad(format!("{}: is not a UUID", member("")));
+    }
+    let kinds = ["invalid type: ", "invalid value: ", "unknown variant "];
+    let found = kinds.iter().find_map(|kind| said.strip_prefix(kind));
+    let found = found.or_else(|| said.starts_with("invalid length ").then_some(said));
+    let detail = match found.and_then(|found| found.rsplit_once(", expected ")) {
+        Some((found, expected)) => {
+            format!("has to be {}, not {}", in_json(expected), in_json(found))
+        }
+        None => said.to_owned(),
+    };
+    Problem::bad(format!("{}: {detail}", member("")))
+}
+
+fn in_json(word: &str) -> String {
+    let whole = |most: u64| format!("a whole number from 0 to {most}");
+    match word {
+        "u8" => whole(u8::MAX.into()),
+        "u16" => whole(u16::MAX.into()),
+        "u32" => whole(u32::MAX.into()),
+        "u64" | "usize" => whole(u64::MAX),
+        "f64" => "a number".to_owned(),
+        "a boolean" => "true or false".to_owned(),
+        "a sequence" | "sequence" => "a list".to_owned(),
+        "a map" | "map" => "an object".to_owned(),
+        struct_or_value if struct_or_value.starts_with("struct ") => "an object".to_owned(),
+        // The lists that serde takes for structs have no place in the API.
+        length if length.starts_with("invalid length ") => "a list".to_owned(),
+        other => {
+            let number = ["integer ", "floating point ", "boolean "];
+            let number = number.iter().find_map(|kind| other.strip_prefix(kind));
+            let text = ["string ", "one of "];
+            let text = text.iter().find_map(|kind| other.strip_prefix(kind));
+            let bare = number.map(|number| number.trim_matches('`')).or(text);
+            bare.unwrap_or(other).chars().take(256).collect()
+        }
+    }
 }
 
 /// Any JSON value; a name that comes twice in one object is an error, a `null` member is absent.
@@ -147,8 +195,8 @@ pub(crate) fn merged<T: Serialize + DeserializeOwned>(
         whole.extend(given.clone());
     }
     serde_path_to_error::deserialize(whole).map_err(|error| {
-        let path = error.path().to_string();
-        Problem::bad(format!("{member}.{path}: {}", error.into_inner()))
+        let path = format!("{member}.{}", error.path());
+        wrong(&path, &error.into_inner().to_string())
     })
 }
 
@@ -190,7 +238,7 @@ impl Names {
 fn uuid<T: std::str::FromStr>(name: &str, given: &str) -> Result<T, Problem> {
     given
         .parse()
-        .map_err(|_| Problem::bad(format!("{name}: '{given}' is not a UUID")))
+        .map_err(|_| Problem::bad(format!("{name}: '{given}' is not a UUID, such as 0190a5f4-7a4c-7cc4-9d5b-3f1c2a8e6b70: copy the ID from the answer that made it")))
 }
 
 /// The query, as pairs: names may repeat.

@@ -3,7 +3,7 @@
 use axum::{Json, extract::State};
 use http::StatusCode;
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use utoipa::ToSchema;
 
 use super::{
@@ -32,8 +32,19 @@ pub(crate) struct CreateKeyRequest {
     /// 0 (most urgent) to 9. Default: 5.
     priority: Option<u8>,
     /// Default: never.
+    #[serde(default, deserialize_with = "time")]
     #[schema(value_type = Option<String>, format = DateTime)]
     expires_at: Option<Timestamp>,
+}
+
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
+    let given = String::deserialize(deserializer)?;
+    let time = given.parse().map_err(|_| {
+        D::Error::custom(format!(
+            "'{given}' is not a time such as 2027-01-31T12:00:00Z"
+        ))
+    })?;
+    Ok(Some(time))
 }
 
 #[derive(Serialize, ToSchema)]
@@ -106,7 +117,9 @@ pub(crate) async fn create(
     }
     let now = Timestamp::now();
     if request.expires_at.is_some_and(|at| at <= now) {
-        return Err(Problem::bad("expiresAt: is in the past"));
+        return Err(Problem::bad(
+            "expiresAt: is in the past: give a later time, or leave it out",
+        ));
     }
     let given = request.account.map(|id| AccountId(id.into()));
     let account = given.unwrap_or_else(|| caller.account.clone());

@@ -13,6 +13,8 @@ use uuid::Uuid;
 use crate::{auth::Denied, store::StoreError};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("nvcf-reqid");
+/// Characters of a detail.
+const LONGEST: usize = 1000;
 const CODE: HeaderName = HeaderName::from_static("x-weir-error");
 
 /// What went wrong and what to do about it. It becomes a document in [`answer`].
@@ -26,10 +28,16 @@ pub(crate) struct Problem {
 
 impl Problem {
     fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+        let mut detail = detail.into();
+        // It may quote what was sent.
+        if let Some((end, _)) = detail.char_indices().nth(LONGEST) {
+            detail.truncate(end);
+            detail.push('…');
+        }
         Self {
             status,
             code,
-            detail: detail.into(),
+            detail,
         }
     }
     pub(crate) fn bad(detail: impl Into<String>) -> Self {
@@ -163,11 +171,29 @@ pub(crate) async fn answer(request: Request, next: Next) -> Response {
     response
 }
 
+/// What NVCF has under `/v2/nvcf` and this build has not.
+const ABSENT: [&str; 7] = [
+    "assets",
+    "clients",
+    "recognized-registries",
+    "registry-credentials",
+    "secrets",
+    "telemetries",
+    "tokens",
+];
+
 pub(crate) async fn no_path(request: Request) -> Problem {
-    Problem::missing(format!(
-        "there is nothing at '{}': see /openapi.json for the paths there are",
-        request.uri().path()
-    ))
+    let path = request.uri().path();
+    let absent = ABSENT.iter().find(|part| {
+        path.strip_prefix("/v2/nvcf/")
+            .is_some_and(|rest| rest.split('/').any(|segment| segment == **part))
+    });
+    Problem::missing(match absent {
+        Some(part) => format!(
+            "this build has no {part}, so nothing was done: leave the call out; /openapi.json lists what there is"
+        ),
+        None => format!("there is nothing at '{path}': see /openapi.json for the paths there are"),
+    })
 }
 
 pub(crate) async fn no_method() -> Problem {

@@ -321,8 +321,12 @@ async fn a_wrong_function_is_refused_with_the_reason() {
     let cases = [
         ("name", json!("-x"), "name:"),
         ("name", json!(""), "name:"),
-        ("name", json!(5), "name: invalid type"),
-        ("inferencePort", json!("x"), "inferencePort: invalid type"),
+        ("name", json!(5), "name: has to be a string, not 5"),
+        (
+            "inferencePort",
+            json!("x"),
+            "inferencePort: has to be a whole number from 0 to 65535, not \"x\"",
+        ),
         ("inferencePort", json!(70000), "inferencePort:"),
         ("description", json!(long), "256"),
         ("tags", json!(["a b"]), "tags[0]"),
@@ -343,7 +347,7 @@ async fn a_wrong_function_is_refused_with_the_reason() {
             with(health.clone(), "timeout", json!("10")),
             "health.timeout",
         ),
-        ("health", json!({"uri": "/h"}), "missing field"),
+        ("health", json!({"uri": "/h"}), "health.protocol: is needed"),
         (
             "rateLimit",
             json!({"rateLimit": "10-S,5-S"}),
