@@ -142,7 +142,7 @@ pub struct AdminKey {
 pub enum AdminKeyError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("the admin key can't be kept in '{}': {source}", path.display())]
+    #[error("the admin key can't be kept in '{}': let weir's user read and write that file, or set WEIR_ADMIN_KEY", path.display())]
     File { path: PathBuf, source: io::Error },
     #[error("'{}' does not hold a key: remove it, and the next start makes one", .0.display())]
     NotAKey(PathBuf),

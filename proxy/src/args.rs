@@ -48,7 +48,8 @@ pub struct ServeArgs {
         long,
         env = "WEIR_LISTEN",
         value_name = "ADDRESS",
-        default_value = "127.0.0.1:8080"
+        default_value = "127.0.0.1:8080",
+        value_parser = address
     )]
     pub listen: SocketAddr,
 
@@ -57,7 +58,8 @@ pub struct ServeArgs {
         long,
         env = "WEIR_ADMIN",
         value_name = "ADDRESS",
-        default_value = "127.0.0.1:8081"
+        default_value = "127.0.0.1:8081",
+        value_parser = address
     )]
     pub admin: SocketAddr,
 
@@ -119,7 +121,7 @@ pub struct ServeArgs {
     pub access_log: AccessLog,
 
     /// Cores to serve with, a number of threads [default: all there are]
-    #[arg(long, env = "WEIR_CORES", value_name = "N")]
+    #[arg(long, env = "WEIR_CORES", value_name = "N", value_parser = count::<NonZeroUsize>)]
     pub cores: Option<NonZeroUsize>,
 
     #[command(flatten)]
@@ -209,7 +211,8 @@ pub struct LimitArgs {
     pub max_head: u32,
 
     /// Header fields of a request, a number
-    #[arg(long, env = "WEIR_MAX_FIELDS", value_name = "N", default_value = "100")]
+    #[arg(long, env = "WEIR_MAX_FIELDS", value_name = "N",
+          default_value = "100", value_parser = count::<NonZeroUsize>)]
     pub max_fields: NonZeroUsize,
 
     /// Longest path and query of a request, in bytes
@@ -249,7 +252,8 @@ pub struct LimitArgs {
     pub request_timeout: IsoDuration,
 
     /// Streams open at a time on one HTTP/2 connection, a number
-    #[arg(long, env = "WEIR_H2_STREAMS", value_name = "N", default_value = "100")]
+    #[arg(long, env = "WEIR_H2_STREAMS", value_name = "N",
+          default_value = "100", value_parser = count::<NonZeroU32>)]
     pub h2_streams: NonZeroU32,
 
     /// What a caller may send ahead on one HTTP/2 stream, in bytes: 1KiB to 1GiB
@@ -258,7 +262,7 @@ pub struct LimitArgs {
     pub h2_window: u32,
 
     /// Connections of callers at a time, a number [default: 80% of the limit of open files]
-    #[arg(long, env = "WEIR_MAX_CONNECTIONS", value_name = "N")]
+    #[arg(long, env = "WEIR_MAX_CONNECTIONS", value_name = "N", value_parser = count::<NonZeroUsize>)]
     pub max_connections: Option<NonZeroUsize>,
 
     /// Functions that one account may have, a number
@@ -266,7 +270,8 @@ pub struct LimitArgs {
         long,
         env = "WEIR_MAX_FUNCTIONS",
         value_name = "N",
-        default_value = "100000"
+        default_value = "100000",
+        value_parser = count::<NonZeroUsize>
     )]
     pub max_functions: NonZeroUsize,
 }
@@ -355,6 +360,16 @@ impl fmt::Display for DeclaredGpus {
     }
 }
 
+fn address(s: &str) -> Result<SocketAddr, String> {
+    s.parse()
+        .map_err(|_| "must be an IP address and a port, such as 127.0.0.1:8080".into())
+}
+
+fn count<N: FromStr>(s: &str) -> Result<N, String> {
+    s.parse()
+        .map_err(|_| "must be a whole number of at least 1".into())
+}
+
 fn ports(s: &str) -> Result<RangeInclusive<u16>, String> {
     let parsed = s
         .split_once('-')
@@ -435,9 +450,15 @@ fn check(serve: &ServeArgs) -> Result<(), String> {
     for (flag, address) in [("--listen", serve.listen), ("--admin", serve.admin)] {
         if serve.auth == Auth::None && !address.ip().is_loopback() {
             return Err(format!(
-                "--auth none lets anyone in, so it takes loopback addresses only, and {flag} is {address}"
+                "--auth none lets anyone in, so it takes loopback addresses only, and {flag} is {address}: give it one such as 127.0.0.1:8080, or leave --auth out"
             ));
         }
+    }
+    if serve.listen == serve.admin && serve.listen.port() != 0 {
+        return Err(format!(
+            "--listen and --admin are both {}: give them a port each",
+            serve.listen
+        ));
     }
     let tls = &serve.tls;
     for (name, certificates, keys) in [

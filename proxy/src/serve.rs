@@ -62,7 +62,7 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     fs::create_dir_all(&args.data_dir).with_context(|| {
         format!(
-            "the data directory '{}' can't be made",
+            "the data directory '{}' can't be used: name another with --data-dir, one that weir's user may write to",
             args.data_dir.display()
         )
     })?;
@@ -213,7 +213,12 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         AccessLog::File(path) => {
             let file = fs::OpenOptions::new().create(true).append(true).open(path);
             account::AccessLog::to(
-                file.with_context(|| format!("the access log '{}'", path.display()))?,
+                file.with_context(|| {
+                    format!(
+                        "the access log '{}' can't be written: give --access-log a file in a directory that is there and that weir's user may write to",
+                        path.display()
+                    )
+                })?,
                 process.log_dropped.clone(),
             )?
         }
@@ -362,7 +367,22 @@ fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
         socket.set_nonblocking(true)?;
         Ok(socket.into())
     };
-    open().with_context(|| format!("can't listen on {address}: is another weir running there?"))
+    open().map_err(|error| {
+        use std::io::ErrorKind;
+        let advice = match error.kind() {
+            ErrorKind::AddrInUse => {
+                "is another weir running there? Stop it, or choose another port"
+            }
+            ErrorKind::AddrNotAvailable => {
+                "this machine has no such address: choose one of its own, or 0.0.0.0"
+            }
+            ErrorKind::PermissionDenied => {
+                "ports below 1024 are for root: choose a higher one, or give weir CAP_NET_BIND_SERVICE"
+            }
+            _ => "choose another address",
+        };
+        anyhow::Error::new(error).context(format!("can't listen on {address}: {advice}"))
+    })
 }
 
 /// As many open files as the hard limit allows: a connection is one.

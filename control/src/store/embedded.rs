@@ -531,7 +531,9 @@ impl Shared {
             DatabaseError::Storage(redb::StorageError::Io(e))
                 if e.kind() == io::ErrorKind::InvalidData =>
             {
-                StoreError::Damaged(format!("{path} is not a file of weir's ({e})"))
+                StoreError::Damaged(format!(
+                    "{path} is not a file of weir's ({e}): put back a backup, or give weir another data directory"
+                ))
             }
             other => self.explain(&Trouble::from(other)),
         }
