@@ -138,16 +138,13 @@ impl Keys {
         })
     }
 
-    pub fn may_invoke(&self, key: &Key) -> Result<(), Refusal> {
-        if auth::allows(key, "invoke_function") {
-            return Ok(());
-        }
-        let why = "The key lacks the scope invoke_function.";
-        Err(Refusal::Forbidden(why.into()))
-    }
-
     /// To be asked once it is clear that the key's account may know of the function.
-    pub fn covers(&self, key: &Key, function: FunctionId) -> Result<(), Refusal> {
+    pub fn may_invoke(&self, key: &Key, function: FunctionId) -> Result<(), Refusal> {
+        if !auth::allows(key, "invoke_function") {
+            return Err(Refusal::Forbidden(
+                "The key lacks the scope invoke_function.".into(),
+            ));
+        }
         match &key.functions {
             Some(functions) if !functions.contains(&function) => {
                 Err(Refusal::Forbidden("The key is for other functions.".into()))

@@ -45,14 +45,17 @@ pub async fn invoke(
         .view(target.function)
         .ok_or(Refusal::UnknownFunction)?;
     let key = core.keys.authenticate(&head.headers)?;
-    core.keys.may_invoke(&key)?;
+    // What the key may not know of is not there for it, whatever else it lacks.
+    if !route.versions.iter().any(|v| may_call(&route, v, &key)) {
+        return Err(Refusal::UnknownFunction);
+    }
+    core.keys.may_invoke(&key, target.function)?;
     let limit = core.settings.max_body;
     if body.size_hint().lower() > limit {
         return Err(Refusal::BodyTooLarge { limit });
     }
 
     let chosen = choose(&route, &target, &key)?;
-    core.keys.covers(&key, target.function)?;
     let (version, deployed, deployment) = chosen;
     account.deployed(deployed);
     core.limits.check(version, &key)?;
@@ -142,20 +145,23 @@ fn set_aside(core: &Arc<Core>, deployed: &Arc<Deployed>, instance: u128) {
 
 type Chosen<'a> = (&'a VersionRoute, &'a Arc<Deployed>, &'a Deployment);
 
+/// Whether the version is the key's account's, or shared with it.
+fn may_call(route: &Route, version: &VersionRoute, key: &Key) -> bool {
+    key.admin
+        || key.account == route.account
+        || version
+            .shared_with
+            .iter()
+            .any(|to| to == "*" || **to == *key.account.0)
+}
+
 /// The version that serves this invocation: the one named, or one of those that take invocations.
 fn choose<'a>(route: &'a Route, target: &Target, key: &Key) -> Result<Chosen<'a>, Refusal> {
-    let may = |v: &VersionRoute| {
-        key.admin
-            || key.account == route.account
-            || v.shared_with
-                .iter()
-                .any(|to| to == "*" || **to == *key.account.0)
-    };
     let mut callable = route
         .versions
         .iter()
         .filter(|v| target.version.is_none_or(|id| v.version.id == id))
-        .filter(|v| may(v));
+        .filter(|v| may_call(route, v, key));
     if target.version.is_some() {
         return invokable(callable.next().ok_or(Refusal::UnknownFunction)?);
     }
