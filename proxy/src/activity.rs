@@ -56,6 +56,12 @@ impl Activity {
         self.open.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Requests that ever came.
+    #[must_use]
+    pub fn turns(&self) -> usize {
+        self.turns.load(Ordering::Relaxed)
+    }
+
     pub fn bytes_came(&self) {
         if self.phase() == Phase::Idle {
             self.head.store(true, Ordering::Relaxed);

@@ -142,13 +142,13 @@ impl Keys {
     pub fn may_invoke(&self, key: &Key, function: FunctionId) -> Result<(), Refusal> {
         if !auth::allows(key, "invoke_function") {
             return Err(Refusal::Forbidden(
-                "The key lacks the scope invoke_function.".into(),
+                "The key lacks the scope invoke_function. Use one that has it.".into(),
             ));
         }
         match &key.functions {
-            Some(functions) if !functions.contains(&function) => {
-                Err(Refusal::Forbidden("The key is for other functions.".into()))
-            }
+            Some(functions) if !functions.contains(&function) => Err(Refusal::Forbidden(
+                "The key is for other functions. Use one that may name this function.".into(),
+            )),
             _ => Ok(()),
         }
     }

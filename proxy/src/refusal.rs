@@ -19,7 +19,11 @@ pub enum Refusal {
     BadRequest(String),
     /// The caller left before its request was whole.
     BodyBrokeOff,
+    /// The head can't be read, or is too large: 400, 414 or 431.
+    Unreadable(StatusCode),
     UnknownFunction,
+    /// The request names none.
+    NoFunction,
     NotInvokable {
         state: FunctionState,
         why: String,
@@ -61,8 +65,8 @@ impl Refusal {
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
-            Self::BadRequest(_) | Self::BodyBrokeOff => "bad-request",
-            Self::UnknownFunction => "unknown-function",
+            Self::BadRequest(_) | Self::BodyBrokeOff | Self::Unreadable(_) => "bad-request",
+            Self::UnknownFunction | Self::NoFunction => "unknown-function",
             Self::NotInvokable { .. } => "not-invokable",
             Self::Unauthenticated(_) => "unauthenticated",
             Self::Forbidden(_) => "forbidden",
@@ -84,7 +88,8 @@ impl Refusal {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::BadRequest(_) | Self::BodyBrokeOff => StatusCode::BAD_REQUEST,
-            Self::UnknownFunction => StatusCode::NOT_FOUND,
+            Self::Unreadable(status) => *status,
+            Self::UnknownFunction | Self::NoFunction => StatusCode::NOT_FOUND,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
@@ -118,9 +123,24 @@ impl Refusal {
         match self {
             Self::BadRequest(why) => why.clone(),
             Self::BodyBrokeOff => "The body broke off before its end. Send it whole.".into(),
+            Self::Unreadable(status) if *status == StatusCode::BAD_REQUEST => {
+                "This is no request of HTTP/1.1 that can be read. Look at its first line, its fields \
+                 and its length."
+                    .into()
+            }
+            Self::Unreadable(_) => {
+                "The head of the request is longer, or has more fields, than --max-head and \
+                 --max-fields allow, or its content-length is no length that a body can have. Send less."
+                    .into()
+            }
             Self::UnknownFunction => {
                 "There is no such function or version that this key may call, or it is not \
                  deployed. Check the ID, and deploy the version first."
+                    .into()
+            }
+            Self::NoFunction => {
+                "The request names no function: send the header function-id, call the host \
+                 <functionId>.<anything>, or the path /v2/nvcf/pexec/functions/<functionId>."
                     .into()
             }
             Self::NotInvokable { state, why, .. } => format!(
@@ -143,7 +163,9 @@ impl Refusal {
                     "The function's queue is full ({what}). Wait for the time that Retry-After says, or raise the limit."
                 )
             }
-            Self::NoCapacity(why) => format!("No instance can serve this: {why}"),
+            Self::NoCapacity(why) => format!(
+                "No instance can serve this: {why}. Look at the deployment, and try again once it is mended."
+            ),
             Self::StartTimeout { waited, .. } => format!(
                 "No instance became ready within {:.1} s. Try again: a start may be under way.",
                 waited.as_secs_f64()
@@ -161,9 +183,11 @@ impl Refusal {
                     .into()
             }
             Self::InstanceTimeout => {
-                "The instance did not answer in time; the request may have had an effect.".into()
+                "The instance did not answer in time; the request may have had an effect. Repeat it \
+                 only if that is safe, or raise --request-timeout."
+                    .into()
             }
-            Self::Draining => "Weir is stopping. Try again.".into(),
+            Self::Draining => "Weir is stopping. Try again: another one, or the next, takes it.".into(),
             Self::Internal => "Something broke inside Weir; the log has the request ID.".into(),
         }
     }

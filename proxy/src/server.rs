@@ -315,10 +315,7 @@ where
         .header_read_timeout(None)
         .keep_alive(true)
         .pipeline_flush(false);
-    let stream = TokioIo::new(Telling {
-        stream,
-        activity: activity.clone(),
-    });
+    let stream = TokioIo::new(Telling::new(stream, activity.clone(), unreadable));
     let mut connection = pin!(builder.serve_connection(stream, service));
     let (mut told, mut gone) = (false, false);
     loop {
@@ -344,6 +341,25 @@ where
             }) => return,
         }
     }
+}
+
+/// The answer to a head of HTTP/1 that can't be read, after which the connection closes.
+fn unreadable(status: u16) -> Vec<u8> {
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST);
+    let request_id = Uuid::now_v7();
+    let mut response = Refusal::Unreadable(status).response(request_id);
+    headers::mark(response.headers_mut(), request_id, status, false);
+    let mut answer = format!(
+        "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}\r\n",
+        response.body().len()
+    )
+    .into_bytes();
+    for (name, value) in response.headers() {
+        answer.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+    }
+    answer.extend(b"\r\n");
+    answer.extend(response.body());
+    answer
 }
 
 /// A request that is open on a connection and on its core, until its answer's last byte.
@@ -482,6 +498,6 @@ fn unidentified(core: &Core, path: &str) -> Result<Response<Bytes>, Refusal> {
             }
             Ok(response)
         }
-        _ => Err(Refusal::UnknownFunction),
+        _ => Err(Refusal::NoFunction),
     }
 }

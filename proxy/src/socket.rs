@@ -19,7 +19,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::activity::Activity;
+use crate::activity::{Activity, Phase};
 
 /// hyper's half.
 #[derive(Debug)]
@@ -185,12 +185,69 @@ impl AsyncWrite for CallerSocket {
     }
 }
 
-/// A connection that tells of the bytes that come and go on it, for the time limits. Over TLS that is above
-/// encryption: a record need not carry any.
+/// A connection that tells of the bytes that come and go on it, for the time limits, and answers what hyper can't
+/// read. Over TLS that is above encryption: a record need not carry any byte of a head.
 #[derive(Debug)]
 pub struct Telling<S> {
-    pub stream: S,
-    pub activity: Arc<Activity>,
+    stream: S,
+    activity: Arc<Activity>,
+    /// Makes the answer to a head that hyper can't read, by its status.
+    unreadable: fn(u16) -> Vec<u8>,
+    /// Requests that had come when nothing was left to write and none was open.
+    quiet: usize,
+    /// What is left of the answer to a head that hyper can't read.
+    sending: Vec<u8>,
+}
+
+impl<S> Telling<S> {
+    #[must_use]
+    pub fn new(stream: S, activity: Arc<Activity>, unreadable: fn(u16) -> Vec<u8>) -> Self {
+        Self {
+            stream,
+            activity,
+            unreadable,
+            quiet: 0,
+            sending: Vec::new(),
+        }
+    }
+
+    /// The answer in place of hyper's own, where `bytes` are one. hyper answers a head that it can't read without
+    /// asking anybody, and nothing else writes a head while no request is open and all answers have gone out.
+    fn instead(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+        if self.activity.phase() == Phase::Busy || self.activity.turns() != self.quiet {
+            return None;
+        }
+        let status = bytes.strip_prefix(b"HTTP/1.")?.get(2..5)?;
+        let status = std::str::from_utf8(status).ok()?.parse().ok()?;
+        (400..500)
+            .contains(&status)
+            .then(|| (self.unreadable)(status))
+    }
+
+    fn told<T>(&self, written: Poll<T>) -> Poll<T> {
+        self.activity.wrote(written.is_ready());
+        written
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Telling<S> {
+    /// Sends it in place of all of `bytes`, if they are hyper's own answer. `None`: they are not.
+    fn poll_instead(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Option<Poll<io::Result<usize>>> {
+        if self.sending.is_empty() {
+            self.sending = self.instead(bytes)?;
+        }
+        while !self.sending.is_empty() {
+            match Pin::new(&mut self.stream).poll_write(cx, &self.sending) {
+                Poll::Ready(Ok(sent)) => drop(self.sending.drain(..sent)),
+                other => return Some(other),
+            }
+        }
+        Some(Poll::Ready(Ok(bytes.len())))
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Telling<S> {
@@ -211,28 +268,34 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Telling<S> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if let Some(instead) = self.poll_instead(cx, buf) {
+            return self.told(instead);
+        }
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.activity.wrote(written.is_ready());
-        written
+        self.told(written)
     }
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if let [head] = bufs
+            && let Some(instead) = self.poll_instead(cx, head)
+        {
+            return self.told(instead);
+        }
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.activity.wrote(written.is_ready());
-        written
+        self.told(written)
     }
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
     }
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.stream).poll_flush(cx);
-        if flushed.is_pending() {
-            self.activity.wrote(false);
+        if flushed.is_ready() && self.activity.phase() != Phase::Busy {
+            self.quiet = self.activity.turns();
         }
-        flushed
+        self.told(flushed)
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)

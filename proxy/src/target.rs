@@ -64,7 +64,7 @@ impl Target {
                 path: PathRule::Callers,
             })),
             (None, Some(_)) => Err(Refusal::BadRequest(
-                "The header function-version-id needs function-id beside it.".into(),
+                "The header function-version-id needs function-id beside it. Send both.".into(),
             )),
             (None, None) => Ok(None),
         }
@@ -100,7 +100,7 @@ impl Target {
         let id = |text: &str, what: &str| {
             text.parse::<Uuid>().map_err(|_| {
                 Refusal::BadRequest(format!(
-                    "'{}' in the path is no {what} ID (a UUID).",
+                    "'{}' in the path is no {what} ID (a UUID). Copy it from `weir function list`.",
                     shown(text)
                 ))
             })
@@ -145,7 +145,7 @@ fn uuid_header(headers: &HeaderMap, name: &'static str) -> Result<Option<Uuid>, 
     let text = value.to_str().unwrap_or_default();
     hyphenated(text).map(Some).ok_or_else(|| {
         Refusal::BadRequest(format!(
-            "The header {name} is '{}', which is no UUID.",
+            "The header {name} is '{}', which is no UUID. Copy it from `weir function list`.",
             shown(text)
         ))
     })
