@@ -60,6 +60,8 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    // A file that may not grow is an error of whoever writes it, not the end of the process.
+    let _heard = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?;
     fs::create_dir_all(&args.data_dir).with_context(|| {
         format!(
             "the data directory '{}' can't be used: name another with --data-dir, one that weir's user may write to",
