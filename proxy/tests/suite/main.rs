@@ -5,6 +5,12 @@
 //! that keeps its own books; every other module holds promises.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod bad_calls;
+mod bad_disks;
+mod bad_input;
+mod bad_instances;
+mod bad_names;
+mod bad_starts;
 mod calls;
 mod crashes;
 mod edges;

@@ -80,6 +80,11 @@ impl Server {
     }
 
     pub(crate) fn with(flags: &[&str]) -> Self {
+        Self::within(&std::env::temp_dir(), flags)
+    }
+
+    /// With its data directory in this one.
+    pub(crate) fn within(parent: &Path, flags: &[&str]) -> Self {
         // Callers by the hundred are as many open files.
         let limit = getrlimit(Resource::Nofile);
         let all = Rlimit {
@@ -87,7 +92,7 @@ impl Server {
             maximum: limit.maximum,
         };
         _ = setrlimit(Resource::Nofile, all);
-        let directory = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir_in(parent).unwrap();
         let ports = Ports::claim();
         let flags: Vec<String> = flags.iter().map(|&flag| flag.to_owned()).collect();
         let log = Arc::default();
@@ -120,6 +125,10 @@ impl Server {
             &self.flags,
             &self.log,
         );
+    }
+
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -485,7 +494,7 @@ fn user() -> String {
     String::from_utf8(answer.stdout).unwrap().trim().to_owned()
 }
 
-fn definition(command: &[&str], env: &[(&str, &str)]) -> Value {
+pub(crate) fn definition(command: &[&str], env: &[(&str, &str)]) -> Value {
     let env: Vec<Value> = env
         .iter()
         .map(|(key, value)| json!({"key": key, "value": value}))
@@ -551,6 +560,34 @@ pub(crate) fn refused(response: &Response, status: u16, code: &str) {
         (response.status().as_u16(), error.as_deref()),
         (status, Some(code))
     );
+}
+
+/// Asserts that Weir itself refused by a whole problem document, whose detail has all of these words.
+pub(crate) async fn problem(response: Response, status: u16, code: &str, words: &[&str]) {
+    let request = header(&response, "nvcf-reqid");
+    let error = header(&response, "x-weir-error");
+    let kind = header(&response, "content-type");
+    let at = format!("{} {}", response.status(), response.url());
+    let body = response.text().await.unwrap();
+    let document: Value = serde_json::from_str(&body).unwrap_or_default();
+    let seen = format!("{at} {error:?}: {body}, for {words:?}");
+    assert_eq!(document["status"], status, "{seen}");
+    assert!(at.starts_with(&status.to_string()), "{seen}");
+    assert_eq!(error.as_deref(), Some(code), "{seen}");
+    assert_eq!(kind.as_deref(), Some("application/problem+json"), "{seen}");
+    assert_eq!(
+        document["type"],
+        format!("urn:weir:problem:{code}"),
+        "{seen}"
+    );
+    assert!(
+        request.is_some() && document["requestId"].as_str() == request.as_deref(),
+        "{seen}"
+    );
+    let detail = text(&document["detail"]);
+    for word in words {
+        assert!(detail.contains(word), "{seen}");
+    }
 }
 
 /// Asserts that the instance answered.
