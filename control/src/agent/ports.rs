@@ -55,6 +55,7 @@ impl Ports {
                 return Some(PortLease {
                     ports: self.clone(),
                     port,
+                    rests: true,
                 });
             }
         }
@@ -72,13 +73,23 @@ fn is_free(port: u16) -> bool {
 pub(super) struct PortLease {
     ports: Ports,
     pub(super) port: u16,
+    rests: bool,
+}
+
+impl PortLease {
+    /// Gives it back at once: no instance had it, so nobody was told of it.
+    pub(super) fn unused(mut self) {
+        self.rests = false;
+    }
 }
 
 impl Drop for PortLease {
     fn drop(&mut self) {
         let mut state = self.ports.state();
         state.held.remove(&self.port);
-        state.resting.insert(self.port, Instant::now() + QUARANTINE);
+        if self.rests {
+            state.resting.insert(self.port, Instant::now() + QUARANTINE);
+        }
     }
 }
 
@@ -99,6 +110,14 @@ mod tests {
         assert!(ports.lease(now).is_none());
         let later = now + QUARANTINE + Duration::from_secs(1);
         assert_eq!(ports.lease(later).unwrap().port, port);
+    }
+
+    #[test]
+    fn an_unused_port_need_not_rest() {
+        let ports = Ports::new(19313..=19313);
+        let now = Instant::now();
+        ports.lease(now).unwrap().unused();
+        assert!(ports.lease(now).is_some());
     }
 
     #[test]

@@ -191,7 +191,10 @@ impl Process<'_> {
             output,
         } = match started {
             Ok(started) => started,
-            Err(error) => return at_once(error.to_string()),
+            Err(error) => {
+                port.unused();
+                return at_once(error.to_string());
+            }
         };
         let version = &self.assignment.version;
         let serving = version.inference_port.unwrap_or(port.port);
