@@ -285,6 +285,7 @@ async fn what_is_deployed_is_not_deployed_again_nor_changed_into_nonsense() {
         "startTimeout": years, "drainTimeout": years, "cancelTimeout": years,
     });
     let deployed = server.post(&path, &largest).await;
+    server.until_known(&function).await;
     let call = server.call(Method::POST, &function, "/echo").body("hello");
     let response = call.send().await.unwrap();
     answered(&response);

@@ -23,6 +23,7 @@ impl Server {
         let spec = json!({"gpu": "none", "minInstances": min, "maxInstances": 1});
         let body = json!({"deploymentSpecifications": [spec], "startTimeout": start_timeout});
         self.post(&function.deployment(), &body).await;
+        self.until_known(function).await;
     }
 
     /// Waits until the version is in ERROR, for good and for this reason.
@@ -245,16 +246,19 @@ async fn an_instance_that_is_well_and_then_dies_is_restarted_and_at_last_an_erro
         &["may have had an effect", "only if that is safe"],
     )
     .await;
+}
 
-    // Well at first and ill for good: taken out, and back when it is well.
+#[tokio::test]
+async fn an_instance_that_turns_ill_is_taken_out_until_it_is_well() {
+    let server = Server::start();
     let books = tempfile::tempdir().unwrap();
     let function = server.books(books.path(), 1).await;
     let ill = instance::ill(books.path());
     fs::write(&ill, "").unwrap();
     eventually("it is taken out, and why", SOON, async || {
-        let all = server.instances(&function, "error").await;
-        let why = text(&all.first()?["error"]);
-        why.contains("status 503 and not 200").then_some(())
+        let all = server.instances(&function, "").await;
+        let why = all.first()?["error"].as_str()?;
+        (why.contains("3 times in a row") && why.contains("503 and not 200")).then_some(())
     })
     .await;
     fs::remove_file(&ill).unwrap();

@@ -260,7 +260,19 @@ impl Server {
             body.extend(extra);
         }
         self.post(&function.deployment(), &body).await;
+        self.until_known(function).await;
         self.ready(function, scale.0 as usize).await;
+    }
+
+    /// Waits until the data plane knows of a deployment that the API has answered.
+    pub(crate) async fn until_known(&self, function: &Function) {
+        eventually("the data plane knows", SOON, async || {
+            self.metrics()
+                .await
+                .contains(&function.version)
+                .then_some(())
+        })
+        .await;
     }
 
     /// The sample function, deployed.
