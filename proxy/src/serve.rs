@@ -335,7 +335,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         deployed.queue.close("Weir is stopping".into());
     }
     stop.send_replace(Stopping::Now);
-    _ = timeout(Duration::from_secs(1), done.recv()).await;
+    _ = timeout(Duration::from_secs(2), done.recv()).await;
     drop(joiner);
     _ = timeout(Duration::from_secs(15), agent.shutdown()).await;
     administration.abort();

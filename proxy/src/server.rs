@@ -50,7 +50,7 @@ use crate::{
 const BUFFER: usize = 64 << 10;
 
 /// Once the grace is over, this is left for telling those that still wait or run.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// What a caller has for its first bytes once a stop has begun: it may have connected just before.
 const LATE: Duration = Duration::from_secs(1);
 

@@ -1029,6 +1029,7 @@ async fn says_what_is_not_known_of_a_change() {
             admin: weir.context.admin.clone(),
             open: false,
             max_functions: 1000,
+            listeners: vec![],
         })),
         context: weir.context.clone(),
         _dir: tempfile::tempdir().unwrap(),
