@@ -68,6 +68,8 @@ const CONNECTIONS: &str = "weir_connections";
 const CERTIFICATE_EXPIRY: &str = "weir_tls_certificate_expiry_timestamp_seconds";
 const BUILD: &str = "weir_build_info";
 
+const STORE_CALLS: [&str; 4] = ["get", "list", "commit", "watch"];
+
 /// Name and help.
 const COUNTERS: [(&str, &str); 9] = [
     (
@@ -198,6 +200,17 @@ impl<V: Copy + PartialEq + ToString> Family<V> {
         }
     }
 
+    /// Shows these at 0 before they are first seen: a series that begins at 1 has no increase.
+    fn expecting(self, values: &[V]) -> Self {
+        for value in values {
+            let more = Label::new(self.label, value.to_string());
+            let counter = self.metrics.counter(self.name, &self.labels, Some(more));
+            let mut seen = self.seen.write().unwrap_or_else(PoisonError::into_inner);
+            seen.push((*value, counter));
+        }
+        self
+    }
+
     fn touch(&self) {
         let seen = self.seen.read().unwrap_or_else(PoisonError::into_inner);
         seen.iter().for_each(|(_, counter)| counter.increment(0));
@@ -284,7 +297,7 @@ impl Metrics {
         let build = Label::new("version", env!("CARGO_PKG_VERSION"));
         ProcessMetrics {
             refusals: Family::new(self, REFUSALS, &[], "code"),
-            store_errors: Family::new(self, STORE_ERRORS, &[], "call"),
+            store_errors: Family::new(self, STORE_ERRORS, &[], "call").expecting(&STORE_CALLS),
             store_commit: LazyHistogram::new(self, STORE_COMMIT, Vec::new()),
             store_lag: LazyHistogram::new(self, STORE_LAG, Vec::new()),
             log_dropped: self.counter(LOG_DROPPED, &[], None),

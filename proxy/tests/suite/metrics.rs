@@ -1,11 +1,19 @@
 //! What Prometheus reads.
 
+use std::{
+    collections::HashMap,
+    future::IntoFuture,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use futures_util::{StreamExt, stream};
 use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::json;
+use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::support::{Function, SOON, Server, answered, eventually, kill, pid, refused};
+use crate::support::{Function, SOON, Server, answered, eventually, header, kill, pid, refused};
 
 /// The value of the one series whose name is this and that has all of these labels.
 fn value(page: &str, name: &str, labels: &[&str]) -> Option<f64> {
@@ -78,6 +86,11 @@ async fn a_cold_invocation_shows_in_every_metric_that_it_concerns() {
         Some(1.0)
     );
     assert_eq!(count("weir_build_info", &[]), Some(1.0));
+    for call in ["get", "list", "commit", "watch"] {
+        let labels = [format!("call=\"{call}\"")];
+        let labels = labels.each_ref().map(String::as_str);
+        assert_eq!(count("weir_store_errors_total", &labels), Some(0.0));
+    }
     for name in [
         "weir_connections",
         "weir_store_commit_seconds_count",
@@ -133,4 +146,171 @@ async fn what_is_gone_is_off_the_page() {
         (!server.metrics().await.contains(&function.id)).then_some(())
     })
     .await;
+}
+
+/// What a page says, parsed once: it may be long.
+struct Page {
+    bytes: usize,
+    series: usize,
+    /// Of the functions that are named on it.
+    of: HashMap<String, OfFunction>,
+    refusals: u64,
+}
+
+#[derive(Default)]
+struct OfFunction {
+    series: usize,
+    /// `weir_invocations_total`, of all versions and codes.
+    invocations: u64,
+    /// `weir_invocation_duration_seconds_count`.
+    durations: u64,
+}
+
+impl Page {
+    fn of(page: &str) -> Self {
+        let mut parsed = Self {
+            bytes: page.len(),
+            series: 0,
+            of: HashMap::new(),
+            refusals: 0,
+        };
+        for line in page.lines() {
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            parsed.series += 1;
+            let (series, value) = line.rsplit_once(' ').expect("a value");
+            let value = || value.parse::<u64>().expect("a whole number");
+            if series.starts_with("weir_refusals_total{") {
+                parsed.refusals += value();
+            }
+            let Some((_, after)) = series.split_once("function=\"") else {
+                continue;
+            };
+            let id = after.split('"').next().expect("a function's ID");
+            let function = parsed.of.entry(id.to_owned()).or_default();
+            function.series += 1;
+            if series.starts_with("weir_invocations_total{") {
+                function.invocations += value();
+            } else if series.starts_with("weir_invocation_duration_seconds_count{") {
+                function.durations += value();
+            }
+        }
+        parsed
+    }
+}
+
+/// What an HTTP server on the test's side answers to, whoever asks.
+async fn endpoint() -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let answers = axum::Router::new().fallback(async || "ok");
+    tokio::spawn(axum::serve(listener, answers).into_future());
+    format!("http://{address}")
+}
+
+/// A number that an environment variable may set.
+fn setting(name: &str, default: usize) -> usize {
+    std::env::var(name).map_or(default, |text| text.parse().expect(name))
+}
+
+/// The full size: `SUITE_FUNCTIONS=1000 SUITE_CALLS=100`.
+#[tokio::test]
+async fn many_functions_leave_a_page_that_is_true_and_bounded() {
+    const AT_ONCE: usize = 16;
+    /// Of one function: five histograms of 15 lines, and some 20 counters and gauges.
+    const SERIES: usize = 100;
+    const BYTES: usize = 150;
+
+    let functions = setting("SUITE_FUNCTIONS", 100);
+    let calls = setting("SUITE_CALLS", 20);
+    let server = Server::with(&["--auth", "none"]);
+    let endpoint = endpoint().await;
+    let begun = Instant::now();
+
+    let made: Vec<Function> = stream::iter(0..functions)
+        .map(async |number| {
+            let asked = json!({
+                "name": format!("function-{number}"),
+                "inferenceUrl": "/infer",
+                "endpoints": [&endpoint],
+                "health": {"protocol": "HTTP", "uri": "/health", "timeout": "PT10S", "expectedStatusCode": 200},
+            });
+            let function = Function::of(&server.post("/v2/nvcf/functions", &asked).await);
+            server.deploy(&function, (1, 1, 8), json!({})).await;
+            function
+        })
+        .buffer_unordered(AT_ONCE)
+        .collect()
+        .await;
+    let deployed = begun.elapsed();
+
+    // Every tenth is deleted when half of the calls were made.
+    let goes = |number: usize| number % 10 == 0;
+    let refusals = AtomicU64::new(0);
+    let round = async |half: std::ops::Range<usize>, alive: &dyn Fn(usize) -> bool| {
+        let all = half.flat_map(|_| (0..functions).filter(|number| alive(*number)));
+        stream::iter(all.collect::<Vec<_>>())
+            .for_each_concurrent(AT_ONCE, async |number| {
+                let function = &made[number];
+                let response = server.call(Method::POST, function, "/infer").body("{}");
+                let response = response.send().await.unwrap();
+                match header(&response, "x-weir-error") {
+                    None => answered(&response),
+                    Some(_) => {
+                        assert!(goes(number), "refused, but not deleted: {response:?}");
+                        refusals.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                response.bytes().await.unwrap();
+            })
+            .await;
+    };
+    round(0..calls / 2, &|_| true).await;
+    let deletions = stream::iter((0..functions).filter(|number| goes(*number)));
+    tokio::join!(
+        round(calls / 2..calls, &|_| true),
+        deletions.for_each(async |number| {
+            let path = made[number].path();
+            let answer = server.api(Method::DELETE, &path).send().await.unwrap();
+            assert!(answer.status().is_success(), "{}", answer.status());
+        })
+    );
+    let called = begun.elapsed() - deployed;
+
+    let page = eventually("the page says what was done", SOON, async || {
+        let page = Page::of(&server.metrics().await);
+        let wanted = calls as u64;
+        let counted =
+            made.iter()
+                .enumerate()
+                .all(|(number, function)| match page.of.get(&function.id) {
+                    None => goes(number),
+                    Some(of) => !goes(number) && (of.invocations, of.durations) == (wanted, wanted),
+                });
+        (counted && page.refusals == refusals.load(Ordering::Relaxed)).then_some(page)
+    })
+    .await;
+    assert_eq!(page.of.len(), functions - functions.div_ceil(10));
+    for of in page.of.values() {
+        assert!(of.series <= SERIES, "{} series of a function", of.series);
+    }
+    assert!(
+        page.series <= page.of.len() * SERIES + 200,
+        "{}",
+        page.series
+    );
+    assert!(page.bytes <= page.series * BYTES + 20_000, "{}", page.bytes);
+
+    let asked = Instant::now();
+    server.metrics().await;
+    println!(
+        "{functions} functions in {deployed:.1?}, {} requests in {called:.1?}, {} of them refused: \
+         {} series in {} bytes, made and read in {:.1?}",
+        functions * calls,
+        page.refusals,
+        page.series,
+        page.bytes,
+        asked.elapsed()
+    );
 }
