@@ -237,7 +237,18 @@ async fn many_functions_leave_a_page_that_is_true_and_bounded() {
                 "health": {"protocol": "HTTP", "uri": "/health", "timeout": "PT10S", "expectedStatusCode": 200},
             });
             let function = Function::of(&server.post("/v2/nvcf/functions", &asked).await);
-            server.deploy(&function, (1, 1, 8), json!({})).await;
+            let deployment = json!({"deploymentSpecifications": [{
+                "gpu": "none",
+                "instanceType": "none",
+                "minInstances": 1,
+                "maxInstances": 1,
+                "maxRequestConcurrency": 8,
+            }]});
+            server.post(&function.deployment(), &deployment).await;
+            eventually("it is deployed", SOON, async || {
+                (server.status(&function).await == "ACTIVE").then_some(())
+            })
+            .await;
             function
         })
         .buffer_unordered(AT_ONCE)
@@ -246,7 +257,7 @@ async fn many_functions_leave_a_page_that_is_true_and_bounded() {
     let deployed = begun.elapsed();
 
     // Every tenth is deleted when half of the calls were made.
-    let goes = |number: usize| number % 10 == 0;
+    let goes = |number: usize| number.is_multiple_of(10);
     let refusals = AtomicU64::new(0);
     let round = async |half: std::ops::Range<usize>, alive: &dyn Fn(usize) -> bool| {
         let all = half.flat_map(|_| (0..functions).filter(|number| alive(*number)));
