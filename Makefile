@@ -1,4 +1,4 @@
-.PHONY: setup test run fmt lint
+.PHONY: setup test check-deploy run fmt lint
 
 # What a build and its tests need besides a Rust toolchain and a C linker.
 setup:
@@ -9,6 +9,11 @@ setup:
 test: setup
 	cargo nextest run --workspace --no-tests=pass
 	cargo nextest run -p weir-queue --features shuttle
+
+# The dashboard and the alerts against a Weir under load; CHECK_LONG=1 makes each alert fire.
+check-deploy:
+	cargo build -p weir-proxy
+	@deploy/prometheus/check.sh "$${CARGO_TARGET_DIR:-target}/debug/weir"
 
 # Builds Weir, serves on this machine, applies the examples, prints what to try; Ctrl-C stops it.
 run:
