@@ -11,10 +11,11 @@ if ! command -v prometheus >/dev/null || ! command -v promtool >/dev/null; then
         echo "skipped: the check of the dashboard and the alerts needs prometheus and promtool (Debian: apt-get install prometheus)"
         exit 0
     fi
-    # It would be started, and listen on 9090, where services are started at all: this check starts its own.
     { apt-get install -y --no-install-recommends prometheus ||
         { apt-get update && apt-get install -y --no-install-recommends prometheus; }; } >/dev/null ||
         { echo "skipped: the check of the dashboard and the alerts needs prometheus, which could not be installed"; exit 0; }
+    # The package starts a server where there is systemd; this check starts its own.
+    systemctl disable --now prometheus >/dev/null 2>&1 || true
 fi
 
 promtool check config prometheus.yml
