@@ -92,7 +92,13 @@ impl IsoDuration {
 impl FromStr for IsoDuration {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        let wrong = || format!("'{s}' is not an ISO 8601 duration such as PT1M30S, or is too long");
+        let wrong = || match s.parse::<jiff::SignedDuration>() {
+            // `90s` or `1h 30m`: what it would be is known.
+            Ok(meant) if meant.is_positive() => {
+                format!("'{s}' is not an ISO 8601 duration: write {meant}")
+            }
+            _ => format!("'{s}' is not an ISO 8601 duration such as PT1M30S, or is too long"),
+        };
         if s.starts_with('-') || s.starts_with("P") && s.contains('-') {
             return Err(format!(
                 "'{s}' is negative: a duration has to be nothing or more, such as PT1M30S"
@@ -539,4 +545,28 @@ pub struct Instance {
     /// Devices it was given.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_duration_says_what_would_be_right() {
+        let error = |text: &str| text.parse::<IsoDuration>().unwrap_err();
+        for (text, right) in [
+            ("90s", "PT1M30S"),
+            ("1h 30m", "PT1H30M"),
+            ("500ms", "PT0.5S"),
+        ] {
+            assert!(
+                error(text).ends_with(&format!("duration: write {right}")),
+                "{}",
+                error(text)
+            );
+        }
+        for text in ["", "15", "soon", "-5s", "-PT5S", "PT"] {
+            assert!(error(text).ends_with("such as PT1M30S"), "{}", error(text));
+        }
+    }
 }
