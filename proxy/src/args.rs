@@ -559,7 +559,7 @@ fn nearest(key: &str, known: &[&str]) -> String {
 }
 
 /// Levenshtein's.
-fn distance(a: &str, b: &str) -> usize {
+pub(crate) fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.chars().enumerate() {

@@ -3,22 +3,31 @@
 //! It speaks the public API only, so what it can do anyone can do.
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::Context;
-use comfy_table::{ContentArrangement, Table, presets};
+use jiff::Timestamp;
 use serde_json::{Map, Value};
+
+use self::{
+    screen::Screen,
+    table::{Column, plain, table},
+};
 
 mod api;
 mod apply;
 mod deploy;
 mod function;
+mod id;
 mod invoke;
 mod key;
+mod node;
+mod screen;
 mod status;
+mod table;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
@@ -37,9 +46,9 @@ pub enum Command {
     /// Show every version's state, instances and queue
     Status(status::Status),
     /// Show what an instance wrote
-    Logs(status::Logs),
+    Logs(node::Logs),
     /// Show the nodes and their GPUs
-    Gpu(status::Gpu),
+    Gpu(node::Gpu),
 }
 
 /// Runs one command; the caller prints the error, if any, and ends with 1.
@@ -110,22 +119,71 @@ enum Output {
 }
 
 impl Common {
-    /// The key to show, if there is one: with `--auth none` none is needed.
-    fn key(&self) -> Option<String> {
-        self.key
-            .clone()
-            .or_else(|| std::env::var("WEIR_ADMIN_KEY").ok())
-            .or_else(|| std::fs::read_to_string(self.data_dir.join("admin.key")).ok())
-            .map(|key| key.trim().to_owned())
-            .filter(|key| !key.is_empty())
+    /// The key to show, if there is one, and where it came from: with `--auth none` none is needed.
+    fn key(&self) -> Option<(String, String)> {
+        let file = self.data_dir.join("admin.key");
+        let given = self.key.clone().map(|key| {
+            let variable = std::env::var("WEIR_API_KEY").is_ok_and(|v| v == key);
+            let from = if variable { "WEIR_API_KEY" } else { "--key" };
+            (key, from.to_owned())
+        });
+        given
+            .or_else(|| {
+                Some((
+                    std::env::var("WEIR_ADMIN_KEY").ok()?,
+                    "WEIR_ADMIN_KEY".into(),
+                ))
+            })
+            .or_else(|| {
+                let key = std::fs::read_to_string(&file).ok()?;
+                Some((key, file.display().to_string()))
+            })
+            .map(|(key, from)| (key.trim().to_owned(), from))
+            .filter(|(key, _)| !key.is_empty())
     }
 
     /// Shows the server's answer itself, or the rows made of it.
-    fn show(&self, answer: &Value, header: &[&str], rows: Vec<Vec<String>>) -> anyhow::Result<()> {
+    fn show(
+        &self,
+        answer: &Value,
+        columns: &[Column],
+        rows: Vec<Vec<String>>,
+    ) -> anyhow::Result<()> {
         match self.output {
             Output::Json => print(&serde_json::to_string_pretty(answer)?),
-            Output::Table => print(&table(header, rows)),
+            Output::Table => print(&table(columns, rows, Screen::stdout())),
         }
+    }
+
+    /// Shows the server's answer itself, or every member of these parts of it.
+    fn show_whole<'a>(
+        &self,
+        answer: &Value,
+        parts: impl IntoIterator<Item = &'a Value>,
+    ) -> anyhow::Result<()> {
+        if self.output == Output::Json {
+            return print(&serde_json::to_string_pretty(answer)?);
+        }
+        let screen = Screen {
+            width: None,
+            ..Screen::stdout()
+        };
+        let tables: Vec<String> = parts
+            .into_iter()
+            .map(|part| {
+                let mut rows = Vec::new();
+                members(part, "", &mut rows);
+                let rows = rows.into_iter().map(|(path, value)| {
+                    let value = match value {
+                        Value::String(text) => text.clone(),
+                        other => other.to_string(),
+                    };
+                    vec![path, value]
+                });
+                table(&[plain("field"), plain("value")], rows.collect(), screen)
+            })
+            .collect();
+        print(&tables.join("\n\n"))
     }
 
     /// Shows the server's answer itself, or a sentence about it.
@@ -137,37 +195,56 @@ impl Common {
     }
 }
 
-fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    if io::stdout().is_terminal() {
-        table.set_content_arrangement(ContentArrangement::Dynamic);
+/// Every value in this one that has no others in it, with its path; a list of plain values is one.
+fn members<'a>(value: &'a Value, path: &str, found: &mut Vec<(String, &'a Value)>) {
+    match value {
+        Value::Object(members) if !members.is_empty() => {
+            for (name, value) in members {
+                let dot = if path.is_empty() { "" } else { "." };
+                self::members(value, &format!("{path}{dot}{name}"), found);
+            }
+        }
+        Value::Array(entries) if entries.iter().any(|e| e.is_object() || e.is_array()) => {
+            for (at, value) in entries.iter().enumerate() {
+                self::members(value, &format!("{path}[{at}]"), found);
+            }
+        }
+        plain => found.push((path.to_owned(), plain)),
     }
-    table.set_header(header.iter().map(|h| h.to_uppercase()).collect::<Vec<_>>());
-    table.add_rows(rows);
-    // The style pads every cell on both sides.
-    table
-        .lines()
-        .map(|line| line.trim_end().strip_prefix(' ').unwrap_or("").to_owned())
-        .collect::<Vec<_>>()
-        .join("\n")
 }
 
 /// To standard output, where a reader that left (`| head`) is no failure.
 fn print(text: &str) -> anyhow::Result<()> {
-    write_out(text.as_bytes())?;
-    if text.ends_with('\n') {
-        return Ok(());
-    }
-    write_out(b"\n")
+    show_line(text).map(drop)
+}
+
+/// [`print`]; whether somebody still reads.
+fn show_line(text: &str) -> anyhow::Result<bool> {
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    write_whole(format!("{text}{end}").as_bytes())
 }
 
 fn write_out(bytes: &[u8]) -> anyhow::Result<()> {
+    write_whole(bytes).map(drop)
+}
+
+fn write_whole(bytes: &[u8]) -> anyhow::Result<bool> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        done => done.context("can't write to standard output"),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        done => done
+            .map(|()| true)
+            .context("can't write to standard output"),
     }
+}
+
+/// What went wrong, to standard error; whether anybody reads that or not.
+pub fn complain(error: &anyhow::Error) {
+    let screen = Screen::stderr();
+    note(&format!(
+        "{} {error:#}",
+        screen.paint(screen::BAD, "error:")
+    ));
 }
 
 /// One line to standard error: what goes on, for people.
@@ -182,6 +259,19 @@ fn text(value: &Value, member: &str) -> String {
         Value::String(s) => s.clone(),
         other => other.to_string(),
     }
+}
+
+/// A member that is a moment, to the second.
+fn moment(value: &Value, member: &str) -> String {
+    let text = text(value, member);
+    match text.parse::<Timestamp>() {
+        Ok(at) => seconds(at).to_string(),
+        Err(_) => text,
+    }
+}
+
+fn seconds(at: Timestamp) -> Timestamp {
+    Timestamp::from_second(at.as_second()).unwrap_or(at)
 }
 
 fn list<'a>(value: &'a Value, member: &str) -> &'a [Value] {
@@ -213,15 +303,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_starts_at_the_margin_and_has_no_trailing_space() {
-        let shown = table(
-            &["id", "name"],
-            vec![
-                vec!["1".into(), "first".into()],
-                vec!["22".into(), "b".into()],
-            ],
+    fn every_member_has_its_path() {
+        let value = serde_json::json!({
+            "a": {"b": 1, "c": ["x", "y"]}, "d": [{"e": null}, {"e": true}], "f": {},
+        });
+        let mut found = Vec::new();
+        members(&value, "", &mut found);
+        let shown: Vec<String> = found.iter().map(|(p, v)| format!("{p}={v}")).collect();
+        assert_eq!(
+            shown,
+            [
+                "a.b=1",
+                "a.c=[\"x\",\"y\"]",
+                "d[0].e=null",
+                "d[1].e=true",
+                "f={}"
+            ]
         );
-        assert_eq!(shown, "ID  NAME\n1   first\n22  b");
     }
 
     #[test]
@@ -235,10 +333,13 @@ mod tests {
             data_dir: dir.path().into(),
             output: Output::Table,
         };
-        assert_eq!(common.key().as_deref(), Some("weir_flag"));
+        let key = || common.key().unwrap();
+        assert_eq!(key(), ("weir_flag".into(), "--key".into()));
         common.key = None;
         if std::env::var_os("WEIR_ADMIN_KEY").is_none() {
-            assert_eq!(common.key().as_deref(), Some("weir_file"));
+            let (key, from) = common.key().unwrap();
+            assert_eq!(key, "weir_file");
+            assert!(from.ends_with("admin.key"), "{from}");
         }
     }
 

@@ -30,7 +30,7 @@ fn main() -> ExitCode {
         }
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        cli::complain(&error);
         ExitCode::FAILURE
     })
 }

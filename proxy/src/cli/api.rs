@@ -1,19 +1,24 @@
 //! Requests to the lifecycle API, and what their failures tell people to do.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 use uuid::Uuid;
+use weir_control::model::Instance;
 
-use super::Common;
+use super::{Common, id::Id};
+use crate::args::distance;
 
 pub(super) struct Client {
     http: reqwest::Client,
     admin: String,
-    key: Option<String>,
+    /// The key, and where it came from.
+    key: Option<(String, String)>,
+    /// Where else a key was looked for.
+    key_file: String,
 }
 
 /// An answer of 400 or more, as its problem document tells it.
@@ -21,9 +26,11 @@ pub(super) struct Client {
 pub(super) struct Problem {
     pub(super) status: StatusCode,
     title: String,
-    detail: String,
+    pub(super) detail: String,
     /// The problem's stable name, as in `x-weir-error`.
     code: String,
+    /// Where the key came from.
+    shown: Option<String>,
 }
 
 impl Problem {
@@ -33,6 +40,7 @@ impl Problem {
         let kind = member("type").unwrap_or_default();
         Self {
             status,
+            shown: None,
             code: kind.rsplit(':').next().unwrap_or_default().to_owned(),
             title: member("title")
                 .unwrap_or_else(|| status.canonical_reason().unwrap_or("Error").to_owned()),
@@ -43,14 +51,38 @@ impl Problem {
         }
     }
 
+    /// With where the key that was shown came from: a wrong one is often one that is not thought of.
+    pub(super) fn with_key(mut self, common: &Common) -> Self {
+        if self.status == StatusCode::UNAUTHORIZED {
+            let key = common.key();
+            self.shown = Some(shown(
+                key.as_ref(),
+                &common.data_dir.join("admin.key").display().to_string(),
+            ));
+        }
+        self
+    }
+
     /// What to do about it, where the detail alone does not say.
-    pub(super) fn next(&self) -> Option<&'static str> {
-        Some(match self.status {
+    pub(super) fn next(&self) -> Option<String> {
+        let next = match self.status {
             StatusCode::UNAUTHORIZED => {
-                "give a key with --key or WEIR_API_KEY, or --data-dir so that its admin.key can be read"
+                let shown = self.shown.as_deref().unwrap_or_default();
+                return Some(format!(
+                    "{shown}give one with --key or WEIR_API_KEY; `weir serve` writes its admin key to \
+                     admin.key in its --data-dir, and `weir key create NAME` makes others"
+                ));
             }
             StatusCode::FORBIDDEN => {
-                "use a key that has the scope and may name the function; `weir key list` shows what each may do"
+                let scope = self.detail.split_once("lacks the scope ");
+                let scope = scope.and_then(|(_, rest)| rest.split([':', ' ', ',']).next());
+                return Some(match scope {
+                    Some(scope) => format!(
+                        "`weir key create NAME --scope {scope}` makes a key that has it, where yours \
+                         may; `weir key list` shows what each key may do"
+                    ),
+                    None => "use a key that may name the function; `weir key list` shows what each may do".into(),
+                });
             }
             StatusCode::NOT_FOUND if self.code == "unknown-function" => {
                 "`weir function list` shows what is there"
@@ -65,7 +97,15 @@ impl Problem {
             }
             StatusCode::INTERNAL_SERVER_ERROR => "the log of `weir serve` tells more",
             _ => return None,
-        })
+        };
+        Some(next.into())
+    }
+}
+
+fn shown(key: Option<&(String, String)>, file: &str) -> String {
+    match key {
+        Some((_, from)) => format!("the key came from {from}; "),
+        None => format!("no key was found in --key, WEIR_API_KEY, WEIR_ADMIN_KEY or {file}; "),
     }
 }
 
@@ -83,6 +123,15 @@ impl fmt::Display for Problem {
 }
 impl std::error::Error for Problem {}
 
+/// No answer came.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {cause}{}", next.as_deref().map(|n| format!("\ntry: {n}")).unwrap_or_default())]
+pub(super) struct Unreachable {
+    what: String,
+    cause: String,
+    next: Option<String>,
+}
+
 /// Whether the error is the server's 404.
 pub(super) fn is_not_found(error: &anyhow::Error) -> bool {
     error
@@ -97,16 +146,54 @@ pub(super) fn http() -> anyhow::Result<reqwest::ClientBuilder> {
         .connect_timeout(Duration::from_secs(5)))
 }
 
-/// Why no answer came.
-pub(super) fn unreachable(error: reqwest::Error, what: &str, url: &str) -> anyhow::Error {
-    let message = if error.is_connect() {
-        format!("can't connect: is `weir serve` running? {what} {url}")
-    } else if error.is_timeout() {
-        format!("no answer in time from {what} {url}")
-    } else {
-        format!("the request failed; {what} {url}")
-    };
-    anyhow::Error::new(error.without_url()).context(message)
+/// One of the two addresses of a `weir serve`.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Listener {
+    Admin,
+    Data,
+}
+
+impl Listener {
+    fn names(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::Admin => ("admin address", "--admin-url", "WEIR_ADMIN_URL"),
+            Self::Data => ("data-plane address", "--url", "WEIR_URL"),
+        }
+    }
+
+    /// Why no answer came.
+    pub(super) fn unreachable(self, error: &reqwest::Error, url: &str) -> anyhow::Error {
+        let (name, flag, variable) = self.names();
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(deeper) = cause.source() {
+            cause = deeper;
+        }
+        let (what, next) = if error.is_builder() {
+            (
+                format!("{url} is not a usable {name}"),
+                Some(format!(
+                    "give one such as http://127.0.0.1:8081 with {flag} or {variable}"
+                )),
+            )
+        } else if error.is_connect() {
+            (
+                format!("can't connect to the {name} {url}"),
+                Some(format!(
+                    "start a server with `weir serve`, or give the {name} of one that runs with {flag} or {variable}"
+                )),
+            )
+        } else if error.is_timeout() {
+            (format!("no answer in time from the {name} {url}"), None)
+        } else {
+            (format!("the request to the {name} {url} failed"), None)
+        };
+        Unreachable {
+            what,
+            cause: cause.to_string(),
+            next,
+        }
+        .into()
+    }
 }
 
 impl Client {
@@ -115,6 +202,7 @@ impl Client {
             http: http()?.timeout(Duration::from_secs(60)).build()?,
             admin: common.admin_url.trim_end_matches('/').to_owned(),
             key: common.key(),
+            key_file: common.data_dir.join("admin.key").display().to_string(),
         })
     }
 
@@ -125,24 +213,20 @@ impl Client {
         body: Option<&Value>,
     ) -> anyhow::Result<Vec<u8>> {
         let mut request = self.http.request(method, format!("{}{path}", self.admin));
-        if let Some(key) = &self.key {
+        if let Some((key, _)) = &self.key {
             request = request.bearer_auth(key);
         }
         if let Some(body) = body {
             request = request.json(body);
         }
-        let failed = |e| {
-            unreachable(
-                e,
-                "admin address (--admin-url, WEIR_ADMIN_URL):",
-                &self.admin,
-            )
-        };
+        let failed = |e| Listener::Admin.unreachable(&e, &self.admin);
         let response = request.send().await.map_err(failed)?;
         let status = response.status();
         let bytes = response.bytes().await.map_err(failed)?;
         if !status.is_success() {
-            return Err(Problem::read(status, &bytes).into());
+            let mut problem = Problem::read(status, &bytes);
+            problem.shown = Some(shown(self.key.as_ref(), &self.key_file));
+            return Err(problem.into());
         }
         Ok(bytes.into())
     }
@@ -185,12 +269,36 @@ impl Client {
     /// The versions of the function so named, oldest first.
     pub(super) async fn function(&self, wanted: &str) -> anyhow::Result<Vec<Row>> {
         if let Ok(id) = wanted.parse::<Uuid>() {
-            let answer = self
-                .get(&format!("/v2/nvcf/functions/{id}/versions"))
-                .await?;
-            return rows(&answer);
+            let answer = self.get(&format!("/v2/nvcf/functions/{id}/versions")).await;
+            if answer.as_ref().is_err_and(is_not_found) {
+                let all = self.rows().await.unwrap_or_default();
+                if let Some(row) = all.iter().find(|row| row.version_id == id) {
+                    bail!(
+                        "{id} is a version of '{}', not a function\ntry: give {} and --version {id}",
+                        row.name,
+                        row.id
+                    );
+                }
+            }
+            return rows(&answer?);
         }
         pick_function(self.rows().await?, wanted)
+    }
+
+    /// The instances of the account, or of one version of it.
+    pub(super) async fn instances(
+        &self,
+        version: Option<Uuid>,
+    ) -> anyhow::Result<(Value, Vec<Instance>)> {
+        let path = match version {
+            Some(version) => format!("/v2/weir/instances?functionVersionId={version}"),
+            None => "/v2/weir/instances".into(),
+        };
+        let mut answer = self.get(&path).await?;
+        let all = answer["instances"].take();
+        let read = Vec::<Instance>::deserialize(&all)
+            .context("the server's list of instances is not one that this weir reads")?;
+        Ok((all, read))
     }
 }
 
@@ -233,27 +341,76 @@ fn rows(answer: &Value) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The versions of the one function that has that name.
-fn pick_function(rows: Vec<Row>, name: &str) -> anyhow::Result<Vec<Row>> {
+/// The versions of the one function that has that name, or an ID that begins so.
+fn pick_function(rows: Vec<Row>, wanted: &str) -> anyhow::Result<Vec<Row>> {
+    let of = |id: Uuid| -> Vec<&Row> { rows.iter().filter(|row| row.id == id).collect() };
     let mut ids: Vec<Uuid> = rows
         .iter()
-        .filter(|row| row.name == name)
+        .filter(|row| row.name == wanted)
         .map(|row| row.id)
         .collect();
     ids.sort_unstable();
     ids.dedup();
-    match ids[..] {
-        [id] => Ok(rows.into_iter().filter(|row| row.id == id).collect()),
-        [] => bail!("no function is named '{name}'; `weir function list` shows what is there"),
-        _ => bail!(
-            "{} functions are named '{name}': give an ID, one of {}",
+    if ids.len() > 1 {
+        let lines: Vec<String> = ids
+            .iter()
+            .map(|id| {
+                let versions = of(*id);
+                let states: Vec<&str> = versions.iter().map(|row| row.status.as_str()).collect();
+                format!("\n  {id}  {}", states.join(", "))
+            })
+            .collect();
+        bail!(
+            "{} functions are named '{wanted}': give an ID, one of{}",
             ids.len(),
-            ids.iter()
-                .map(Uuid::to_string)
-                .collect::<Vec<_>>()
-                .join(", ")
-        ),
+            lines.concat()
+        );
     }
+    if ids.is_empty()
+        && let Ok(prefix) = wanted.parse::<Id>()
+    {
+        let mut all: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
+        all.sort_unstable();
+        all.dedup();
+        ids.extend(prefix.pick(all, |id| *id, "functions")?);
+    }
+    match ids.first() {
+        Some(id) => Ok(of(*id).into_iter().cloned().collect()),
+        None => Err(no_function(&rows, wanted)),
+    }
+}
+
+/// What to say where no function has that name: the nearest ones.
+pub(super) fn no_function(rows: &[Row], wanted: &str) -> anyhow::Error {
+    let names: BTreeSet<&str> = rows.iter().map(|row| row.name.as_str()).collect();
+    let near = near(wanted, names.iter().copied());
+    if names.is_empty() {
+        anyhow!(
+            "no function is named '{wanted}': there is none yet\ntry: `weir function create` or `weir apply` makes one"
+        )
+    } else if near.is_empty() {
+        anyhow!("no function is named '{wanted}'\ntry: `weir function list` shows what is there")
+    } else {
+        let near: Vec<String> = near.iter().map(|name| format!("'{name}'")).collect();
+        anyhow!(
+            "no function is named '{wanted}'\ntry: did you mean {}?",
+            near.join(" or ")
+        )
+    }
+}
+
+/// The names that may have been meant, the nearest first; at most three.
+pub(super) fn near<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let low = wanted.to_lowercase();
+    let mut near: Vec<(usize, &str)> = names
+        .map(|name| (distance(&low, &name.to_lowercase()), name))
+        .filter(|(distance, name)| {
+            *distance <= 1 + name.len().min(wanted.len()) / 4
+                || (wanted.len() > 2 && (name.starts_with(wanted) || name.ends_with(wanted)))
+        })
+        .collect();
+    near.sort_unstable();
+    near.into_iter().take(3).map(|(_, name)| name).collect()
 }
 
 /// Which version is meant where none is named.
@@ -264,18 +421,17 @@ pub(super) enum Unnamed {
     Deployed,
 }
 
-pub(super) fn pick_version(
-    rows: &[Row],
-    wanted: Option<Uuid>,
+pub(super) fn pick_version<'a>(
+    rows: &'a [Row],
+    wanted: Option<&Id>,
     unnamed: Unnamed,
-) -> anyhow::Result<&Row> {
+) -> anyhow::Result<&'a Row> {
     if let Some(id) = wanted {
-        return rows
-            .iter()
-            .find(|row| row.version_id == id)
+        return id
+            .pick(rows, |row| row.version_id, "versions")?
             .with_context(|| {
                 format!(
-                    "the function has no version {id}; it has {}",
+                    "the function has no version {id}; it has{}",
                     ids(rows.iter())
                 )
             });
@@ -287,9 +443,9 @@ pub(super) fn pick_version(
             match (deployed.as_slice(), rows) {
                 ([one], _) => Ok(one),
                 ([], [only]) => Ok(only),
-                ([], _) => bail!("no version is deployed; it has {}", ids(rows.iter())),
+                ([], _) => bail!("no version is deployed; it has{}", ids(rows.iter())),
                 _ => bail!(
-                    "{} versions are deployed: give --version, one of {}",
+                    "{} versions are deployed: give --version, one of{}",
                     deployed.len(),
                     ids(deployed.into_iter())
                 ),
@@ -298,9 +454,12 @@ pub(super) fn pick_version(
     }
 }
 
+/// A line for each version.
 fn ids<'a>(rows: impl Iterator<Item = &'a Row>) -> String {
-    let ids: Vec<String> = rows.map(|row| row.version_id.to_string()).collect();
-    ids.join(", ")
+    let ids: Vec<String> = rows
+        .map(|row| format!("\n  {}  {}", row.version_id, row.status))
+        .collect();
+    ids.concat()
 }
 
 #[cfg(test)]
@@ -336,7 +495,23 @@ mod tests {
             error.contains("2 functions") && error.contains("0003"),
             "{error}"
         );
-        assert!(pick_function(rows, "c").is_err());
+        let by_id = pick_function(rows.clone(), "00000000-0000-0000-0000-000000000001").unwrap();
+        assert_eq!(by_id.len(), 2, "a whole ID is a prefix too");
+        let error = pick_function(rows, "a-renam").unwrap_err().to_string();
+        assert!(error.ends_with("did you mean 'a-renamed'?"), "{error}");
+    }
+
+    #[test]
+    fn what_may_have_been_meant_is_near() {
+        let names = ["hello", "help", "summarise", "summarise-v2", "b"];
+        let near = |wanted| near(wanted, names.into_iter());
+        assert_eq!(near("helo"), ["hello", "help"]);
+        assert_eq!(near("HELLO"), ["hello", "help"]);
+        assert_eq!(near("summarize"), ["summarise"]);
+        assert_eq!(near("summ"), ["summarise", "summarise-v2"]);
+        assert_eq!(near("nothing-like-it"), [""; 0]);
+        let error = no_function(&[], "x").to_string();
+        assert!(error.contains("none yet"), "{error}");
     }
 
     #[test]
@@ -362,16 +537,23 @@ mod tests {
         assert!(deployed(&all).unwrap_err().contains("--version"));
         let newest = pick_version(&all, None, Unnamed::Newest).unwrap();
         assert_eq!(newest.version_id.as_u128(), 3);
-        let named = pick_version(&all, Some(Uuid::from_u128(1)), Unnamed::Newest).unwrap();
+        let whole = |id| -> Id { Uuid::from_u128(id).to_string().parse().unwrap() };
+        let named = pick_version(&all, Some(&whole(1)), Unnamed::Newest).unwrap();
         assert_eq!(named.version_id.as_u128(), 1);
-        assert!(pick_version(&all, Some(Uuid::from_u128(9)), Unnamed::Newest).is_err());
+        assert!(pick_version(&all, Some(&whole(9)), Unnamed::Newest).is_err());
     }
 
     #[test]
     fn a_problem_says_what_is_wrong_and_what_to_do() {
         let body = br#"{"type":"urn:x","title":"Unauthorized","status":401,"detail":"the key has expired"}"#;
         let shown = Problem::read(StatusCode::UNAUTHORIZED, body).to_string();
-        assert!(shown.starts_with("Unauthorized (401): the key has expired\ntry: give a key"));
+        assert!(
+            shown.starts_with("Unauthorized (401): the key has expired\ntry: give one with --key")
+        );
+        let body =
+            br#"{"detail":"key 'k' lacks the scope deploy_function: use a key that has it"}"#;
+        let shown = Problem::read(StatusCode::FORBIDDEN, body).to_string();
+        assert!(shown.contains("--scope deploy_function`"), "{shown}");
         let not_found = |code: &str| {
             let body = json!({"type": format!("urn:weir:problem:{code}"), "detail": "no"});
             Problem::read(StatusCode::NOT_FOUND, body.to_string().as_bytes()).to_string()
@@ -388,12 +570,15 @@ mod tests {
             http: http().unwrap().build().unwrap(),
             admin: "http://127.0.0.1:1".into(),
             key: None,
+            key_file: String::new(),
         };
-        let error = client.rows().await.unwrap_err().to_string();
-        assert!(error.contains("is `weir serve` running?"), "{error}");
-        assert!(
-            error.contains("admin address") && error.contains("127.0.0.1:1"),
-            "{error}"
+        let error = client.rows().await.unwrap_err();
+        assert!(error.is::<Unreachable>());
+        assert_eq!(
+            format!("{error:#}"),
+            "can't connect to the admin address http://127.0.0.1:1: Connection refused (os error 111)\n\
+             try: start a server with `weir serve`, or give the admin address of one that runs with \
+             --admin-url or WEIR_ADMIN_URL"
         );
     }
 }

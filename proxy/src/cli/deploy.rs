@@ -12,7 +12,10 @@ use weir_control::model::IsoDuration;
 use super::{
     Common,
     api::{Client, Row, Unnamed, deployment_path, is_not_found, pick_version, version_path},
-    list, note, read_object, text,
+    id::Id,
+    list, note, read_object,
+    table::{self, Column},
+    text,
 };
 
 #[derive(Debug, clap::Args)]
@@ -29,7 +32,7 @@ struct Target {
     function: String,
     /// The version's ID [default: to create, the newest; else the one that is deployed]
     #[arg(long, value_name = "ID")]
-    version: Option<Uuid>,
+    version: Option<Id>,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -263,15 +266,15 @@ fn changeable(deployment: &Value) -> Map<String, Value> {
     body
 }
 
-const HEADER: &[&str] = &[
-    "function",
-    "version",
-    "status",
-    "gpu",
-    "instance type",
-    "min",
-    "max",
-    "concurrency",
+const COLUMNS: &[Column] = &[
+    table::name("function"),
+    table::id("version"),
+    table::state("status"),
+    table::plain("gpu"),
+    table::plain("instance type"),
+    table::number("min"),
+    table::number("max"),
+    table::number("concurrency"),
 ];
 
 fn rows(deployment: &Value) -> Vec<Vec<String>> {
@@ -294,7 +297,7 @@ fn rows(deployment: &Value) -> Vec<Vec<String>> {
 
 async fn find(client: &Client, target: &Target, unnamed: Unnamed) -> anyhow::Result<Row> {
     let rows = client.function(&target.function).await?;
-    pick_version(&rows, target.version, unnamed).cloned()
+    pick_version(&rows, target.version.as_ref(), unnamed).cloned()
 }
 
 impl Deploys {
@@ -320,7 +323,7 @@ impl Deploys {
             DeployCommand::Get { target } => {
                 let row = find(&client, &target, Unnamed::Deployed).await?;
                 let answer = client.get(&deployment_path(row.id, row.version_id)).await?;
-                super::print(&serde_json::to_string_pretty(&answer)?)
+                common.show_whole(&answer, [&answer["deployment"]])
             }
             DeployCommand::Delete { target, graceful } => {
                 let row = find(&client, &target, Unnamed::Deployed).await?;
@@ -353,7 +356,7 @@ async fn settle(
         wait_active(client, row.id, row.version_id, wait.wait_timeout.0).await?;
         answer = client.get(&deployment_path(row.id, row.version_id)).await?;
     }
-    common.show(&answer, HEADER, rows(&answer["deployment"]))
+    common.show(&answer, COLUMNS, rows(&answer["deployment"]))
 }
 
 /// Returns when the version is ACTIVE; says why where it can't be.

@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use serde_json::{Map, Value, json};
-use uuid::Uuid;
 
 use super::{
     Common,
     api::{Client, version_path},
-    list, read_object, text,
+    id::Id,
+    list, moment, read_object,
+    table::{self, Column},
+    text,
 };
 
 #[derive(Debug, clap::Args)]
@@ -43,7 +45,7 @@ enum FunctionCommand {
         function: String,
         /// This version only
         #[arg(long, value_name = "ID")]
-        version: Option<Uuid>,
+        version: Option<Id>,
     },
 }
 
@@ -68,8 +70,8 @@ enum VersionCommand {
     Delete {
         /// The function's ID, or its name where that is unique
         function: String,
-        /// The version's ID
-        version: Uuid,
+        /// The version's ID, or its beginning
+        version: Id,
     },
 }
 
@@ -190,7 +192,14 @@ impl FunctionSpec {
     }
 }
 
-const HEADER: &[&str] = &["function", "version", "name", "status", "runs", "created"];
+const COLUMNS: &[Column] = &[
+    table::id("function"),
+    table::id("version"),
+    table::name("name"),
+    table::state("status"),
+    table::plain("runs"),
+    table::plain("created"),
+];
 
 fn row(function: &Value) -> Vec<String> {
     let runs = if let Some(command) = function["process"]["command"].as_array() {
@@ -205,18 +214,13 @@ fn row(function: &Value) -> Vec<String> {
     } else {
         text(function, "containerImage")
     };
-    let runs = if runs.chars().count() > 48 {
-        runs.chars().take(47).chain(['…']).collect()
-    } else {
-        runs
-    };
     vec![
         text(function, "id"),
         text(function, "versionId"),
         text(function, "name"),
         text(function, "status"),
         runs,
-        text(function, "createdAt"),
+        moment(function, "createdAt"),
     ]
 }
 
@@ -229,12 +233,12 @@ impl Functions {
                 let answer = client
                     .post("/v2/nvcf/functions", &spec.body(&name)?)
                     .await?;
-                common.show(&answer, HEADER, vec![row(&answer["function"])])
+                common.show(&answer, COLUMNS, vec![row(&answer["function"])])
             }
             FunctionCommand::List => {
                 let answer = client.get("/v2/nvcf/functions").await?;
                 let rows = list(&answer, "functions").iter().map(row).collect();
-                common.show(&answer, HEADER, rows)
+                common.show(&answer, COLUMNS, rows)
             }
             FunctionCommand::Get { function } => {
                 let rows = client.function(&function).await?;
@@ -243,14 +247,11 @@ impl Functions {
                     let mut answer = client.get(&version_path(row.id, row.version_id)).await?;
                     functions.push(answer["function"].take());
                 }
-                // Whole: a table would leave most of it out.
-                super::print(&serde_json::to_string_pretty(
-                    &json!({"functions": functions}),
-                )?)
+                common.show_whole(&json!({"functions": functions}), &functions)
             }
             FunctionCommand::Delete { function, version } => {
                 let rows = client.function(&function).await?;
-                delete(&client, &common, &rows, version).await
+                delete(&client, &common, &rows, version.as_ref()).await
             }
         }
     }
@@ -268,11 +269,11 @@ impl Versions {
                 };
                 let path = format!("/v2/nvcf/functions/{}/versions", newest.id);
                 let answer = client.post(&path, &spec.body(&newest.name)?).await?;
-                common.show(&answer, HEADER, vec![row(&answer["function"])])
+                common.show(&answer, COLUMNS, vec![row(&answer["function"])])
             }
             VersionCommand::Delete { function, version } => {
                 let rows = client.function(&function).await?;
-                delete(&client, &common, &rows, Some(version)).await
+                delete(&client, &common, &rows, Some(&version)).await
             }
         }
     }
@@ -282,7 +283,7 @@ async fn delete(
     client: &Client,
     common: &Common,
     rows: &[super::api::Row],
-    version: Option<Uuid>,
+    version: Option<&Id>,
 ) -> anyhow::Result<()> {
     let gone: Vec<_> = match version {
         Some(_) => vec![super::api::pick_version(

@@ -12,7 +12,8 @@ use uuid::Uuid;
 
 use super::{
     Common,
-    api::{self, Client, Problem, Row, Unnamed},
+    api::{self, Client, Listener, Problem, Row, Unnamed},
+    id::Id,
     note, write_out,
 };
 
@@ -25,7 +26,7 @@ pub struct Invoke {
     function: String,
     /// This version [default: one that takes requests]
     #[arg(long, value_name = "ID")]
-    version: Option<Uuid>,
+    version: Option<Id>,
     /// Path and query [default: the version's inferenceUrl]
     #[arg(long, value_name = "PATH")]
     path: Option<String>,
@@ -71,27 +72,37 @@ fn body(data: &str) -> anyhow::Result<Vec<u8>> {
 }
 
 impl Invoke {
-    /// Whom to call, and by which path.
-    async fn target(&self) -> anyhow::Result<(Uuid, String)> {
-        if let (Ok(id), Some(path)) = (self.function.parse(), &self.path) {
+    /// Whom to call, which version where one is named, and by which path.
+    async fn target(&self) -> anyhow::Result<(Uuid, Option<Uuid>, String)> {
+        let version = self.version.as_ref();
+        let whole = version.and_then(Id::whole);
+        if let (Ok(id), Some(path)) = (self.function.parse(), &self.path)
+            && version.is_some() == whole.is_some()
+        {
             // The lifecycle API need not be reachable, nor its scopes be the key's.
-            return Ok((id, slashed(path)));
+            return Ok((id, whole, slashed(path)));
         }
         let client = Client::new(&self.common)?;
         let rows = client
             .function(&self.function)
             .await
             .context("can't look the function up; with its ID and --path that is not needed")?;
-        let row = called(&rows, self.version)?;
+        let row = called(&rows, version)?;
         let path = self.path.as_deref().or(row.inference_url.as_deref());
-        Ok((row.id, slashed(path.unwrap_or("/"))))
+        let version = version.map(|_| row.version_id);
+        Ok((row.id, version, slashed(path.unwrap_or("/"))))
     }
 
-    fn headers(&self, function: Uuid, body: Option<&[u8]>) -> anyhow::Result<HeaderMap> {
+    fn headers(
+        &self,
+        function: Uuid,
+        version: Option<Uuid>,
+        body: Option<&[u8]>,
+    ) -> anyhow::Result<HeaderMap> {
         let mut headers = HeaderMap::new();
         let id = |id: Uuid| HeaderValue::try_from(id.to_string());
         headers.insert("function-id", id(function)?);
-        if let Some(version) = self.version {
+        if let Some(version) = version {
             headers.insert("function-version-id", id(version)?);
         }
         if self.stream {
@@ -120,7 +131,7 @@ impl Invoke {
 
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let body = self.data.as_deref().map(body).transpose()?;
-        let (function, path) = self.target().await?;
+        let (function, version, path) = self.target().await?;
         let method = self.method.clone().unwrap_or(match body {
             Some(_) => Method::POST,
             None => Method::GET,
@@ -129,14 +140,14 @@ impl Invoke {
         let mut request = api::http()?
             .build()?
             .request(method, format!("{base}{path}"));
-        if let Some(key) = self.common.key() {
+        if let Some((key, _)) = self.common.key() {
             request = request.bearer_auth(key);
         }
-        request = request.headers(self.headers(function, body.as_deref())?);
+        request = request.headers(self.headers(function, version, body.as_deref())?);
         if let Some(body) = body {
             request = request.body(body);
         }
-        let unreachable = |e| api::unreachable(e, "data-plane address (--url, WEIR_URL):", base);
+        let unreachable = |e: reqwest::Error| Listener::Data.unreachable(&e, base);
         let response = request.send().await.map_err(unreachable)?;
 
         let status = response.status();
@@ -148,8 +159,10 @@ impl Invoke {
         if let Some(code) = code {
             let bytes = response.bytes().await.map_err(unreachable)?;
             let request_id = request_id.unwrap_or_default();
-            return Err(anyhow::Error::new(Problem::read(status, &bytes))
-                .context(format!("{code} (request {request_id})")));
+            return Err(
+                anyhow::Error::new(Problem::read(status, &bytes).with_key(&self.common))
+                    .context(format!("{code} (request {request_id})")),
+            );
         }
 
         let mut chunks = response.bytes_stream();
@@ -174,7 +187,7 @@ impl Invoke {
 }
 
 /// The version whose inferenceUrl is called.
-fn called(rows: &[Row], wanted: Option<Uuid>) -> anyhow::Result<&Row> {
+fn called<'a>(rows: &'a [Row], wanted: Option<&Id>) -> anyhow::Result<&'a Row> {
     if wanted.is_some() {
         return api::pick_version(rows, wanted, Unnamed::Newest);
     }
@@ -183,7 +196,7 @@ fn called(rows: &[Row], wanted: Option<Uuid>) -> anyhow::Result<&Row> {
         Some(row) => Ok(row),
         None => match rows.last() {
             Some(row) => bail!(
-                "no version of {} is deployed\ntry: weir deploy create {} --wait",
+                "no version of {} is deployed\ntry: `weir deploy create {}`",
                 row.name,
                 row.id
             ),
@@ -215,12 +228,12 @@ mod tests {
     #[test]
     fn headers_name_the_function_and_own_ones_win() {
         let id = Uuid::from_u128(7);
-        let version = Uuid::from_u128(8).to_string();
+        let version = Uuid::from_u128(8);
         let invoke = Line::parse_from([
             "x",
             "f",
             "--version",
-            &version,
+            &version.to_string(),
             "-H",
             "Accept: a/b",
             "-H",
@@ -230,13 +243,15 @@ mod tests {
             "--stream",
         ])
         .invoke;
-        let headers = invoke.headers(id, Some(b"{\"a\": 1}")).unwrap();
+        let headers = invoke
+            .headers(id, Some(version), Some(b"{\"a\": 1}"))
+            .unwrap();
         assert_eq!(headers["function-id"], id.to_string().as_str());
-        assert_eq!(headers["function-version-id"], version.as_str());
+        assert_eq!(headers["function-version-id"], version.to_string().as_str());
         assert_eq!(headers["accept"], "a/b");
         assert_eq!(headers["content-type"], "application/json");
         assert_eq!(headers.get_all("k").iter().count(), 2);
-        let headers = invoke.headers(id, Some(b"plain")).unwrap();
+        let headers = invoke.headers(id, None, Some(b"plain")).unwrap();
         assert_eq!(headers["content-type"], "application/octet-stream");
         assert!(Line::try_parse_from(["x", "f", "-H", "no colon"]).is_err());
     }

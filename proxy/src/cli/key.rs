@@ -1,11 +1,19 @@
 //! `weir key`.
 
+use anyhow::Context;
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 use weir_control::model::SCOPES;
 
-use super::{Common, Output, api::Client, list, note, print, text};
+use super::{
+    Common, Output,
+    api::Client,
+    id::Id,
+    list, moment, note, print,
+    table::{self, Column},
+    text,
+};
 
 #[derive(Debug, clap::Args)]
 pub struct Keys {
@@ -23,8 +31,8 @@ enum KeyCommand {
     List,
     /// Revoke a key
     Revoke {
-        /// The key's ID
-        id: Uuid,
+        /// The key's ID, or its beginning
+        id: Id,
     },
 }
 
@@ -71,14 +79,14 @@ impl NewKey {
     }
 }
 
-const HEADER: &[&str] = &[
-    "id",
-    "name",
-    "account",
-    "scopes",
-    "functions",
-    "priority",
-    "expires",
+const COLUMNS: &[Column] = &[
+    table::id("id"),
+    table::name("name"),
+    table::plain("account"),
+    table::plain("scopes"),
+    table::plain("functions"),
+    table::number("priority"),
+    table::plain("expires"),
 ];
 
 fn row(key: &Value) -> Vec<String> {
@@ -105,7 +113,7 @@ fn row(key: &Value) -> Vec<String> {
         },
         or(joined("functions"), "all"),
         text(key, "priority"),
-        or(text(key, "expiresAt"), "never"),
+        or(moment(key, "expiresAt"), "never"),
     ]
 }
 
@@ -139,9 +147,23 @@ impl Keys {
             KeyCommand::List => {
                 let answer = client.get("/v2/weir/keys").await?;
                 let rows = list(&answer, "keys").iter().map(row).collect();
-                common.show(&answer, HEADER, rows)
+                common.show(&answer, COLUMNS, rows)
             }
             KeyCommand::Revoke { id } => {
+                let id = match id.whole() {
+                    Some(id) => id,
+                    None => {
+                        let answer = client.get("/v2/weir/keys").await?;
+                        let ids = list(&answer, "keys")
+                            .iter()
+                            .filter_map(|key| text(key, "id").parse().ok());
+                        id.pick(ids, |id: &Uuid| *id, "keys")?.with_context(|| {
+                            format!(
+                                "no key has an ID that begins with {id}; `weir key list` shows them"
+                            )
+                        })?
+                    }
+                };
                 let answer = client.delete(&format!("/v2/weir/keys/{id}")).await?;
                 common.say(&answer, &format!("revoked key {id}"))
             }
