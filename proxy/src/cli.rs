@@ -43,7 +43,7 @@ pub enum Command {
     Invoke(invoke::Invoke),
     /// Create, list and revoke API keys
     Key(key::Keys),
-    /// Show every version's state, instances and queue
+    /// Show every version's state, instances, slots and queue, and what was decided why
     Status(status::Status),
     /// Show what an instance wrote
     Logs(node::Logs),
@@ -270,6 +270,17 @@ fn moment(value: &Value, member: &str) -> String {
     }
 }
 
+/// How long ago, in one unit or two.
+fn ago(now: Timestamp, then: Timestamp) -> String {
+    let seconds = now.duration_since(then).as_secs().max(0);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d{:02}h", seconds / 86_400, seconds % 86_400 / 3600),
+    }
+}
+
 fn seconds(at: Timestamp) -> Timestamp {
     Timestamp::from_second(at.as_second()).unwrap_or(at)
 }
@@ -319,6 +330,16 @@ mod tests {
                 "d[1].e=true",
                 "f={}"
             ]
+        );
+    }
+
+    #[test]
+    fn spans_are_short() {
+        let then = Timestamp::UNIX_EPOCH;
+        let ago = |seconds| ago(Timestamp::from_second(seconds).unwrap(), then);
+        assert_eq!(
+            [0, 59, 61, 3600, 90_000].map(ago),
+            ["0s", "59s", "1m01s", "1h00m", "1d01h"]
         );
     }
 

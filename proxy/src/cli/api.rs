@@ -206,6 +206,13 @@ impl Client {
         })
     }
 
+    /// The address it asks.
+    pub(super) fn address(&self) -> &str {
+        self.admin
+            .split_once("://")
+            .map_or(&self.admin, |(_, rest)| rest)
+    }
+
     pub(super) async fn bytes(
         &self,
         method: Method,

@@ -1,190 +1,193 @@
-//! `weir status`: what is so now.
+//! `weir status`: every version's state, instances, slots, queue, what was last
+//! decided and why, and what goes wrong. [`seen`] asks the server, [`frame`]
+//! lays it out, [`terminal`] keeps it on the screen.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{pin::Pin, time::Duration};
 
 use anyhow::Context;
-use futures_util::{StreamExt, TryStreamExt, stream};
-use serde_json::json;
+use jiff::Timestamp;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, sleep_until},
+};
 use uuid::Uuid;
-use weir_control::model::{Instance, InstanceState};
+use weir_control::model::IsoDuration;
 
+use self::{
+    frame::Frame,
+    seen::{Seen, look},
+    terminal::{Key, Terminal},
+};
 use super::{
     Common, Output,
-    api::{Client, Row, is_not_found},
-    list, print,
-    screen::Screen,
-    table::{Column, id, name, number, plain, state, table},
-    text,
+    api::Client,
+    screen::{Screen, size},
+    show_line,
 };
 
+mod frame;
+mod seen;
+mod terminal;
+
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "On a terminal it refreshes itself; q or Ctrl-C ends it, the arrows scroll.\n\
+                  SLOTS are busy/all; DECISION is how many instances are wanted, why, and since when."
+)]
 pub struct Status {
     #[command(flatten)]
     common: Common,
+    /// This function only, with its instances and decisions: its ID, or its name where that is unique
+    function: Option<String>,
     /// Show every instance too
     #[arg(long)]
     instances: bool,
+    /// Go on, at this interval, an ISO 8601 duration [default: on a terminal PT2S, else once]
+    #[arg(long, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "PT2S",
+          value_parser = interval)]
+    watch: Option<IsoDuration>,
+    /// Once, also on a terminal
+    #[arg(long, conflicts_with = "watch")]
+    once: bool,
 }
 
-const VERSIONS: &[Column] = &[
-    name("name"),
-    id("function"),
-    id("version"),
-    state("status"),
-    number("ready"),
-    number("starting"),
-    number("draining"),
-    number("error"),
-    number("queue"),
-];
-const INSTANCES: &[Column] = &[
-    id("instance"),
-    id("version"),
-    state("state"),
-    plain("node"),
-    plain("address"),
-    number("pid"),
-    number("restarts"),
-    plain("error"),
-];
+const INTERVAL: Duration = Duration::from_secs(2);
+const SHORTEST: Duration = Duration::from_millis(100);
 
-/// Queues asked about at a time.
-const AT_A_TIME: usize = 8;
+fn interval(s: &str) -> Result<IsoDuration, String> {
+    match s.parse::<IsoDuration>() {
+        Ok(duration) if duration.0 < SHORTEST => Err("must be PT0.1S at least".into()),
+        Ok(duration) => Ok(duration),
+        Err(why) => Err(format!("{why}; a function is named before --watch")),
+    }
+}
 
 impl Status {
     pub(super) async fn run(self) -> anyhow::Result<()> {
         let client = Client::new(&self.common)?;
-        let rows = client.rows().await?;
-        let answer = client.get("/v2/weir/instances").await?;
-        let instances: Vec<Instance> = serde_json::from_value(answer["instances"].clone())
-            .context("the server's list of instances is not one that this weir reads")?;
-        let deployed: BTreeSet<Uuid> = rows
-            .iter()
-            .filter(|row| row.deployed())
-            .map(|row| row.id)
-            .collect();
-        let depths: Vec<HashMap<Uuid, u64>> = stream::iter(deployed)
-            .map(|function| depths(&client, function))
-            .buffer_unordered(AT_A_TIME)
-            .try_collect()
-            .await?;
-        let depths: HashMap<Uuid, u64> = depths.into_iter().flatten().collect();
-
-        if self.common.output == Output::Json {
-            return print(&serde_json::to_string_pretty(&json!({
-                "versions": rows.iter().map(|row| json!({
-                    "functionId": row.id, "functionVersionId": row.version_id,
-                    "name": row.name, "status": row.status,
-                    "queueDepth": depths.get(&row.version_id),
-                })).collect::<Vec<_>>(),
-                "instances": answer["instances"],
-            }))?);
-        }
-        print(&table(
-            VERSIONS,
-            rows.iter()
-                .map(|row| cells(row, &instances, &depths))
-                .collect(),
-            Screen::stdout(),
-        ))?;
-        if self.instances {
-            print("")?;
-            print(&table(
-                INSTANCES,
-                instances.iter().map(instance_cells).collect(),
-                Screen::stdout(),
-            ))?;
-        }
-        Ok(())
-    }
-}
-
-async fn depths(client: &Client, function: Uuid) -> anyhow::Result<HashMap<Uuid, u64>> {
-    let path = format!("/v2/nvcf/queues/functions/{function}");
-    match client.get(&path).await {
-        Ok(answer) => Ok(list(&answer, "queues")
-            .iter()
-            .filter_map(|queue| {
-                let version = queue["functionVersionId"].as_str()?.parse().ok()?;
-                Some((version, queue["queueDepth"].as_u64()?))
-            })
-            .collect()),
-        // NVCF answers so where no version has a queue.
-        Err(e) if is_not_found(&e) => Ok(HashMap::new()),
-        Err(e) => Err(e),
-    }
-}
-
-fn cells(row: &Row, instances: &[Instance], depths: &HashMap<Uuid, u64>) -> Vec<String> {
-    let count = |state: InstanceState| {
-        instances
-            .iter()
-            .filter(|i| i.function_version_id.0 == row.version_id && i.state == state)
-            .count()
-            .to_string()
-    };
-    vec![
-        row.name.clone(),
-        row.id.to_string(),
-        row.version_id.to_string(),
-        row.status.clone(),
-        count(InstanceState::Ready),
-        count(InstanceState::Starting),
-        count(InstanceState::Draining),
-        count(InstanceState::Error),
-        depths
-            .get(&row.version_id)
-            .map_or_else(|| "-".into(), u64::to_string),
-    ]
-}
-
-fn instance_cells(instance: &Instance) -> Vec<String> {
-    let shown = serde_json::to_value(instance).unwrap_or_default();
-    let mut cells: Vec<String> = [
-        "id",
-        "functionVersionId",
-        "state",
-        "node",
-        "address",
-        "pid",
-        "restarts",
-    ]
-    .iter()
-    .map(|member| text(&shown, member))
-    .collect();
-    let error = instance.error.as_deref().unwrap_or_default();
-    cells.push(error.lines().next().unwrap_or_default().to_owned());
-    cells
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_version_counts_its_own_instances() {
-        let version = Uuid::from_u128(2);
-        let instance = |version: Uuid, state: &str| -> Instance {
-            serde_json::from_value(json!({
-                "id": Uuid::from_u128(9), "functionId": Uuid::from_u128(1),
-                "functionVersionId": version, "deploymentId": Uuid::nil(),
-                "gpuSpecificationId": Uuid::nil(), "node": "n", "state": state,
-                "capacity": 1, "createdAt": "2026-01-01T00:00:00Z", "restarts": 0,
-            }))
-            .unwrap()
+        let function = match &self.function {
+            Some(wanted) => Some(
+                client
+                    .function(wanted)
+                    .await?
+                    .first()
+                    .context("the function has no version")?
+                    .id,
+            ),
+            None => None,
         };
-        let row: Row = serde_json::from_value(json!({
-            "id": Uuid::from_u128(1), "versionId": version, "name": "f", "status": "ACTIVE",
-        }))
-        .unwrap();
-        let instances = [
-            instance(version, "ready"),
-            instance(version, "ready"),
-            instance(version, "error"),
-            instance(Uuid::from_u128(3), "ready"),
+        let live = !self.once && self.common.output == Output::Table && size().is_some();
+        if live {
+            let every = self.watch.map_or(INTERVAL, |w| w.0);
+            return self.live(&client, function, every).await;
+        }
+        let mut next = Instant::now();
+        let mut first = true;
+        loop {
+            let seen = look(&client, function).await?;
+            let shown = match (self.common.output, self.watch) {
+                (Output::Json, None) => serde_json::to_string_pretty(&seen.json())?,
+                // A document a line, for what reads a stream of them.
+                (Output::Json, Some(_)) => seen.json().to_string(),
+                (Output::Table, _) => {
+                    let frame = self.frame(&client, &seen, None, Screen::stdout());
+                    let gap = if first { "" } else { "\n" };
+                    format!("{gap}{}", frame.whole())
+                }
+            };
+            let read = show_line(&shown)?;
+            first = false;
+            let Some(every) = self.watch else {
+                return Ok(());
+            };
+            if !read {
+                return Ok(());
+            }
+            next = (next + every.0).max(Instant::now());
+            sleep_until(next).await;
+        }
+    }
+
+    fn frame(&self, client: &Client, seen: &Seen, trouble: Option<&str>, screen: Screen) -> Frame {
+        Frame::of(
+            seen,
+            &frame::Wish {
+                address: client.address(),
+                instances: self.instances || self.function.is_some(),
+                decisions: self.function.is_some(),
+                trouble,
+                now: Timestamp::now(),
+                screen,
+            },
+        )
+    }
+
+    /// Until somebody ends it.
+    async fn live(
+        &self,
+        client: &Client,
+        function: Option<Uuid>,
+        every: Duration,
+    ) -> anyhow::Result<()> {
+        // What is wrong from the start is told on the terminal as it is.
+        let mut seen = look(client, function).await?;
+        let mut trouble: Option<String> = None;
+        let mut resized = signal(SignalKind::window_change())?;
+        let mut ended = [
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
         ];
-        let shown = cells(&row, &instances, &HashMap::from([(version, 4)]));
-        assert_eq!(shown[3..], ["ACTIVE", "2", "0", "0", "1", "4"]);
-        assert_eq!(cells(&row, &[], &HashMap::new())[8], "-");
+        let mut terminal = Terminal::take()?;
+        let mut from = 0;
+        let mut next = Instant::now() + every;
+        let mut asking: Option<Pin<Box<dyn Future<Output = anyhow::Result<Seen>> + '_>>> = None;
+        loop {
+            let (columns, lines) = size().unwrap_or((80, 24));
+            let screen = Screen {
+                width: Some(columns),
+                ..Screen::stdout()
+            };
+            let frame = self.frame(client, &seen, trouble.as_deref(), screen);
+            from = from.min(frame.furthest(lines));
+            if !terminal.show(&frame.part(lines, from)) {
+                return Ok(());
+            }
+            let [interrupt, terminate, hangup] = &mut ended;
+            tokio::select! {
+                key = terminal.key() => match key {
+                    Key::Quit => return Ok(()),
+                    Key::Up(by) => from = from.saturating_sub(by),
+                    Key::Down(by) => from += by,
+                    Key::Other => {}
+                },
+                _ = resized.recv() => {}
+                _ = interrupt.recv() => return Ok(()),
+                _ = terminate.recv() => return Ok(()),
+                _ = hangup.recv() => return Ok(()),
+                () = sleep_until(next), if asking.is_none() => {
+                    asking = Some(Box::pin(look(client, function)));
+                }
+                answer = answered(&mut asking), if asking.is_some() => {
+                    asking = None;
+                    next = Instant::now() + every;
+                    match answer {
+                        Ok(news) => {
+                            seen = news;
+                            trouble = None;
+                        }
+                        // It may be back soon: the last answer stays, marked as old.
+                        Err(error) => trouble = Some(error.to_string()),
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn answered<T>(asking: &mut Option<Pin<Box<dyn Future<Output = T> + '_>>>) -> T {
+    match asking {
+        Some(asking) => asking.await,
+        None => std::future::pending().await,
     }
 }
