@@ -53,7 +53,7 @@ if [[ -z $ready ]]; then
     exit 1
 fi
 
-"$weir" apply -f deploy/examples/functions.yaml --wait-timeout PT1M
+"$weir" apply -f deploy/examples/functions.yaml --timeout PT1M
 
 # The ID of the function with this name.
 id_of() {

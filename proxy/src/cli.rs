@@ -28,6 +28,7 @@ mod node;
 mod screen;
 mod status;
 mod table;
+mod wait;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {

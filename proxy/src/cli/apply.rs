@@ -19,8 +19,9 @@ use self::{
 use super::{
     Common, Output,
     api::{Client, deployment_path, is_not_found, version_path},
-    deploy::{undeploy, wait_active},
+    deploy::undeploy,
     note, print, text,
+    wait::{Awaited, Failures, Progress, Wait},
 };
 
 mod file;
@@ -42,9 +43,8 @@ pub struct Apply {
     /// Say what would be done, and do nothing
     #[arg(long)]
     dry_run: bool,
-    /// Longest wait for a version to be ACTIVE, an ISO 8601 duration
-    #[arg(long, value_name = "DURATION", default_value = "PT10M")]
-    wait_timeout: IsoDuration,
+    #[command(flatten)]
+    wait: Wait,
     /// Longest wait for an old version's work to end, an ISO 8601 duration
     #[arg(long, value_name = "DURATION", default_value = "PT5M")]
     drain_timeout: IsoDuration,
@@ -59,10 +59,12 @@ impl Apply {
         let client = Client::new(&self.common)?;
         let rows = client.rows().await?;
         let steps = plan::plan(&wanted, &rows, &self.owner, self.prune);
+        let progress = Progress::new();
         let worker = Worker {
             client: &client,
             owner: &self.owner,
-            active: self.wait_timeout.0,
+            progress: &progress,
+            active: self.wait.limit(),
             drained: self.drain_timeout.0,
         };
 
@@ -87,12 +89,13 @@ impl Apply {
                 Err(_) => "failed",
             };
             report.push(json!({"name": step.name, "result": outcome}));
-            if self.common.output == Output::Table {
-                print(&format!("{}: {outcome}", step.name))?;
-            }
+            progress.aside(|| match self.common.output {
+                Output::Table => print(&format!("{}: {outcome}", step.name)),
+                Output::Json => Ok(()),
+            })?;
             if let Err(error) = result {
                 failed += 1;
-                note(&format!("{}: {error:#}", step.name));
+                progress.aside(|| note(&format!("{}: {error:#}", step.name)));
             }
         }
         if self.common.output == Output::Json {
@@ -114,12 +117,15 @@ impl Apply {
 struct Worker<'a> {
     client: &'a Client,
     owner: &'a str,
-    active: Duration,
+    progress: &'a Progress,
+    /// None: what is deployed is not waited for, and what it replaces stays until the next apply.
+    active: Option<Duration>,
     drained: Duration,
 }
 
 impl Worker<'_> {
     async fn take(&self, step: &Step<'_>) -> anyhow::Result<()> {
+        let name = step.name.as_str();
         match &step.change {
             Change::Nothing | Change::Keep => {}
             Change::CreateFunction(wanted) => {
@@ -136,10 +142,14 @@ impl Worker<'_> {
                 undeploy(self.client, version.function, version.id, self.drained).await?;
                 self.deploy(*version, wanted).await?;
             }
-            Change::Await(version) => {
-                wait_active(self.client, version.function, version.id, self.active).await?;
-            }
+            Change::Await(version) => self.until_active(*version, name).await?,
             Change::Delete => {}
+        }
+        if self.active.is_none() && step.change != Change::Delete && !step.remove.is_empty() {
+            self.say(&format!(
+                "{name}: the versions before it serve until the next apply without --no-wait"
+            ));
+            return Ok(());
         }
         for old in &step.remove {
             self.remove(*old)
@@ -149,8 +159,27 @@ impl Worker<'_> {
         Ok(())
     }
 
+    fn say(&self, line: &str) {
+        self.progress.aside(|| note(line));
+    }
+
+    async fn until_active(&self, version: Version, name: &str) -> anyhow::Result<()> {
+        let Some(limit) = self.active else {
+            return Ok(());
+        };
+        let awaited = Awaited {
+            client: self.client,
+            name,
+            function: version.function,
+            version: version.id,
+            old: Failures::new(),
+        };
+        awaited.active(limit, self.progress).await
+    }
+
     async fn create(&self, path: &str, wanted: &Wanted) -> anyhow::Result<Version> {
-        let answer = self.client.post(path, &wanted.body(self.owner)).await?;
+        let answer = self.client.post(path, &wanted.body(self.owner)).await;
+        let answer = answer?;
         let id = |member: &str| -> anyhow::Result<Uuid> {
             text(&answer["function"], member)
                 .parse()
@@ -170,15 +199,16 @@ impl Worker<'_> {
         };
         let path = deployment_path(version.function, version.id);
         let body: Value = deployment.clone().into();
-        self.client.post(&path, &body).await?;
-        wait_active(self.client, version.function, version.id, self.active).await
+        let answer = self.client.post(&path, &body).await;
+        answer?;
+        self.until_active(version, &wanted.name).await
     }
 
     async fn remove(&self, version: Version) -> anyhow::Result<()> {
         if version.deployed
             && !undeploy(self.client, version.function, version.id, self.drained).await?
         {
-            note(&format!(
+            self.say(&format!(
                 "version {}: its work goes on after {}; deleted with it",
                 version.id,
                 IsoDuration(self.drained)

@@ -11,11 +11,12 @@ use weir_control::model::IsoDuration;
 
 use super::{
     Common,
-    api::{Client, Row, Unnamed, deployment_path, is_not_found, pick_version, version_path},
+    api::{Client, Row, Unnamed, deployment_path, is_not_found, pick_version},
     id::Id,
-    list, note, read_object,
+    list, read_object,
     table::{self, Column},
     text,
+    wait::{Awaited, Failures, Progress, Wait, failures},
 };
 
 #[derive(Debug, clap::Args)]
@@ -37,7 +38,7 @@ struct Target {
 
 #[derive(Debug, clap::Subcommand)]
 enum DeployCommand {
-    /// Deploy a version
+    /// Deploy a version, and wait until it is ACTIVE
     Create {
         #[command(flatten)]
         target: Target,
@@ -51,7 +52,7 @@ enum DeployCommand {
         #[command(flatten)]
         target: Target,
     },
-    /// Change a deployment; what is not named stays
+    /// Change a deployment; what is not named stays. Waits until it is ACTIVE
     Update {
         #[command(flatten)]
         target: Target,
@@ -68,16 +69,6 @@ enum DeployCommand {
         #[arg(long)]
         graceful: bool,
     },
-}
-
-#[derive(Debug, clap::Args)]
-struct Wait {
-    /// Return when the version is ACTIVE
-    #[arg(long)]
-    wait: bool,
-    /// Longest wait for that, an ISO 8601 duration
-    #[arg(long, value_name = "DURATION", default_value = "PT10M")]
-    wait_timeout: IsoDuration,
 }
 
 /// What a deployment is made of; each absent one is the server's default, or stays.
@@ -248,7 +239,7 @@ pub(super) fn with_defaults(mut body: Map<String, Value>) -> Map<String, Value> 
 }
 
 /// A deployment as answered, less what the server made.
-fn changeable(deployment: &Value) -> Map<String, Value> {
+pub(super) fn changeable(deployment: &Value) -> Map<String, Value> {
     let mut body = deployment.as_object().cloned().unwrap_or_default();
     for made in [
         "functionId",
@@ -308,17 +299,31 @@ impl Deploys {
             DeployCommand::Create { target, spec, wait } => {
                 let body = spec.create_body()?;
                 let row = find(&client, &target, Unnamed::Newest).await?;
+                if row.deployed() {
+                    bail!(
+                        "version {} of {} is deployed already, and {}\n\
+                         try: `weir deploy update {}` changes its deployment, `weir deploy delete {}` ends it",
+                        row.version_id,
+                        row.name,
+                        row.status,
+                        row.id,
+                        row.id
+                    );
+                }
                 let path = deployment_path(row.id, row.version_id);
                 let answer = client.post(&path, &body).await?;
-                settle(&client, &common, &row, answer, &wait).await
+                settle(&client, &common, &row, answer, &wait, Failures::new()).await
             }
             DeployCommand::Update { target, spec, wait } => {
                 let row = find(&client, &target, Unnamed::Deployed).await?;
                 let path = deployment_path(row.id, row.version_id);
                 let now = client.get(&path).await?;
                 let body = spec.update_body(&now["deployment"])?;
+                // Only to tell old failures from new ones: a key that may not see them does without.
+                let there = client.instances(Some(row.version_id)).await;
+                let old = failures(&there.unwrap_or_default().1);
                 let answer = client.send(Method::PUT, &path, Some(&body)).await?;
-                settle(&client, &common, &row, answer, &wait).await
+                settle(&client, &common, &row, answer, &wait, old).await
             }
             DeployCommand::Get { target } => {
                 let row = find(&client, &target, Unnamed::Deployed).await?;
@@ -351,70 +356,17 @@ async fn settle(
     row: &Row,
     mut answer: Value,
     wait: &Wait,
+    old: Failures,
 ) -> anyhow::Result<()> {
-    if wait.wait {
-        wait_active(client, row.id, row.version_id, wait.wait_timeout.0).await?;
+    if let Some(limit) = wait.limit() {
+        let awaited = Awaited {
+            old,
+            ..Awaited::of(client, row)
+        };
+        awaited.active(limit, &Progress::new()).await?;
         answer = client.get(&deployment_path(row.id, row.version_id)).await?;
     }
     common.show(&answer, COLUMNS, rows(&answer["deployment"]))
-}
-
-/// Returns when the version is ACTIVE; says why where it can't be.
-pub(super) async fn wait_active(
-    client: &Client,
-    function: Uuid,
-    version: Uuid,
-    limit: Duration,
-) -> anyhow::Result<()> {
-    let end = Instant::now() + limit;
-    let mut pause = Duration::from_millis(50);
-    let mut seen = String::new();
-    loop {
-        let answer = client.get(&version_path(function, version)).await?;
-        let status = text(&answer["function"], "status");
-        if status == "ACTIVE" {
-            return Ok(());
-        }
-        if status == "ERROR" {
-            bail!(
-                "version {version} is in ERROR: {}",
-                why(client, function, version).await
-            );
-        }
-        if status != seen {
-            note(&format!("version {version} is {status}"));
-            seen = status;
-        }
-        if Instant::now() >= end {
-            bail!(
-                "version {version} is still {seen} after {}: {}",
-                IsoDuration(limit),
-                why(client, function, version).await
-            );
-        }
-        sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(1));
-    }
-}
-
-async fn why(client: &Client, function: Uuid, version: Uuid) -> String {
-    let answer = client
-        .get(&deployment_path(function, version))
-        .await
-        .unwrap_or_default();
-    let mut errors: Vec<String> = list(&answer["deployment"], "healthInfo")
-        .iter()
-        .map(|info| text(info, "error"))
-        .filter(|error| !error.is_empty())
-        .collect();
-    errors.dedup();
-    if errors.is_empty() {
-        errors.push("no instance said why".into());
-    }
-    format!(
-        "{}\ntry: `weir status --instances` names the instances, `weir logs INSTANCE` shows what one wrote",
-        errors.join("; ")
-    )
 }
 
 /// Ends a deployment, what waits and runs first; returns when it is gone, or

@@ -104,7 +104,7 @@ async fn a_file_is_applied_changed_and_pruned() {
             owner: "me".into(),
             prune,
             dry_run: false,
-            wait_timeout: IsoDuration::secs(5),
+            wait: Wait::at_most(Duration::from_secs(5)),
             drain_timeout: IsoDuration::secs(5),
         };
         apply.run().await.unwrap();
