@@ -4,7 +4,7 @@
 //! entry of the file, and the digest of that entry. So there is no state beside
 //! the functions, and an apply that was cut off is taken up by the next.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
 use futures_util::{StreamExt, stream};
@@ -13,18 +13,23 @@ use uuid::Uuid;
 use weir_control::model::IsoDuration;
 
 use self::{
+    diff::Field,
     file::Wanted,
-    plan::{Change, Step, Version},
+    plan::{Change, Kind, Step, Version},
 };
 use super::{
     Common, Output,
     api::{Client, deployment_path, is_not_found, version_path},
     deploy::undeploy,
-    note, print, text,
+    note, print,
+    screen::{BAD, FAINT, GOOD, Screen, UNDERWAY},
+    text,
     wait::{Awaited, Failures, Progress, Wait},
 };
 
+mod diff;
 mod file;
+mod places;
 mod plan;
 
 #[derive(Debug, clap::Args)]
@@ -40,7 +45,7 @@ pub struct Apply {
     /// Delete what an earlier apply of this owner made and the file no longer has
     #[arg(long)]
     prune: bool,
-    /// Say what would be done, and do nothing
+    /// Show what would change, field by field, and do nothing
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -59,6 +64,9 @@ impl Apply {
         let client = Client::new(&self.common)?;
         let rows = client.rows().await?;
         let steps = plan::plan(&wanted, &rows, &self.owner, self.prune);
+        if self.dry_run {
+            return self.preview(&client, &steps).await;
+        }
         let progress = Progress::new();
         let worker = Worker {
             client: &client,
@@ -68,48 +76,191 @@ impl Apply {
             drained: self.drain_timeout.0,
         };
 
-        let mut failed = 0;
+        let mut counts = Counts::default();
         let mut report = Vec::new();
-        let mut done = stream::iter(&steps)
-            .map(|step| {
+        // As they are done; the report is in the file's order.
+        let mut done = stream::iter(steps.iter().enumerate())
+            .map(|(at, step)| {
                 let worker = &worker;
-                async move {
-                    let done = if self.dry_run {
-                        Ok(())
-                    } else {
-                        worker.take(step).await
-                    };
-                    (step, done)
-                }
+                async move { (at, step, worker.take(step).await) }
             })
-            .buffered(AT_A_TIME);
-        while let Some((step, result)) = done.next().await {
+            .buffer_unordered(AT_A_TIME);
+        while let Some((at, step, result)) = done.next().await {
             let outcome = match &result {
                 Ok(()) => step.change.as_str(),
                 Err(_) => "failed",
             };
-            report.push(json!({"name": step.name, "result": outcome}));
+            report.push((at, json!({"name": step.name, "result": outcome})));
             progress.aside(|| match self.common.output {
                 Output::Table => print(&format!("{}: {outcome}", step.name)),
                 Output::Json => Ok(()),
             })?;
-            if let Err(error) = result {
-                failed += 1;
-                progress.aside(|| note(&format!("{}: {error:#}", step.name)));
+            match result {
+                Ok(()) => counts.count(step.change.kind()),
+                Err(error) => {
+                    counts.failed += 1;
+                    progress.aside(|| note(&format!("{}: {error:#}", step.name)));
+                }
             }
         }
-        if self.common.output == Output::Json {
-            print(&serde_json::to_string_pretty(
-                &json!({"functions": report}),
-            )?)?;
+        report.sort_by_key(|(at, _)| *at);
+        let report: Vec<Value> = report.into_iter().map(|(_, line)| line).collect();
+        match self.common.output {
+            Output::Json => print(&serde_json::to_string_pretty(
+                &json!({"functions": report, "summary": counts.json()}),
+            )?)?,
+            Output::Table => print(&counts.to_string())?,
         }
-        if failed > 0 {
+        if counts.failed > 0 {
             bail!(
-                "{failed} of {} failed; what is done stays, and the next apply goes on from there",
+                "{} of {} failed; what is done stays, and the next apply goes on from there",
+                counts.failed,
                 steps.len()
             );
         }
         Ok(())
+    }
+
+    /// Says what would be done, and does nothing.
+    async fn preview(&self, client: &Client, steps: &[Step<'_>]) -> anyhow::Result<()> {
+        let screen = Screen {
+            width: None,
+            ..Screen::stdout()
+        };
+        let mut counts = Counts::default();
+        let mut report = Vec::new();
+        let mut lines = Vec::new();
+        for step in steps {
+            let fields = changes(client, step).await?;
+            counts.count(step.change.kind());
+            report.push(json!({
+                "name": step.name,
+                "result": step.change.as_str(),
+                "changes": fields.iter().map(Field::json).collect::<Vec<_>>(),
+                "deletedVersions": step.remove.iter().map(|v| v.id).collect::<Vec<_>>(),
+            }));
+            lines.push(headline(step, screen));
+            lines.extend(fields.iter().map(|field| field.line(screen)));
+            lines.extend(step.remove.iter().map(|old| {
+                let when = match step.change {
+                    Change::Delete => "",
+                    _ => ", when that is ACTIVE",
+                };
+                screen.paint(BAD, &format!("    - version {}{when}", old.id))
+            }));
+        }
+        if self.common.output == Output::Json {
+            return print(&serde_json::to_string_pretty(
+                &json!({"functions": report, "summary": counts.json()}),
+            )?);
+        }
+        lines.push(format!(
+            "dry run, nothing was changed; it would be: {counts}"
+        ));
+        print(&lines.join("\n"))
+    }
+}
+
+fn headline(step: &Step<'_>, screen: Screen) -> String {
+    let name = &step.name;
+    match (&step.change, step.change.kind()) {
+        (Change::Keep, _) => format!("= {name}: not in the file; --prune would delete it"),
+        (_, Kind::Created) => screen.paint(GOOD, &format!("+ {name}: a new function")),
+        (_, Kind::Deleted) => screen.paint(BAD, &format!("- {name}: not in the file")),
+        (_, Kind::Unchanged) => screen.paint(FAINT, &format!("= {name}: unchanged")),
+        (change, Kind::Updated) => {
+            let what = match change {
+                Change::CreateVersion(..) => "a new version".into(),
+                Change::Deploy(version, _) => format!("version {} deployed", version.id),
+                Change::Redeploy(version, _) => {
+                    format!("version {} is in ERROR, deployed again", version.id)
+                }
+                _ => "the versions before the one that serves go".to_owned(),
+            };
+            screen.paint(UNDERWAY, &format!("~ {name}: {what}"))
+        }
+    }
+}
+
+/// What a step changes, field by field.
+async fn changes(client: &Client, step: &Step<'_>) -> anyhow::Result<Vec<Field>> {
+    Ok(match &step.change {
+        Change::CreateFunction(wanted) => {
+            // As it is written: what the server adds is no news of the file's.
+            let mut written = Value::from(wanted.body.clone());
+            written["name"].take();
+            if let Some(deployment) = &wanted.deployment {
+                written["deployment"] = deployment.clone().into();
+            }
+            diff::diff(&Value::Null, &written)
+        }
+        Change::CreateVersion(_, wanted) => {
+            let Some(newest) = step.remove.last() else {
+                return Ok(Vec::new());
+            };
+            let function = client
+                .get(&version_path(newest.function, newest.id))
+                .await?;
+            let deployment = match client
+                .get(&deployment_path(newest.function, newest.id))
+                .await
+            {
+                Ok(mut answer) => Some(answer["deployment"].take()),
+                Err(e) if is_not_found(&e) => None,
+                Err(e) => return Err(e),
+            };
+            diff::diff(
+                &diff::as_told(&function["function"], deployment.as_ref()),
+                &diff::as_made(&wanted.body, wanted.deployment.as_ref()),
+            )
+        }
+        Change::Deploy(_, wanted) => {
+            let deployment = wanted.deployment.clone();
+            diff::diff(&Value::Null, &json!({"deployment": deployment}))
+        }
+        _ => Vec::new(),
+    })
+}
+
+/// How many functions came to what.
+#[derive(Debug, Default)]
+struct Counts {
+    created: usize,
+    updated: usize,
+    unchanged: usize,
+    deleted: usize,
+    failed: usize,
+}
+
+impl Counts {
+    fn count(&mut self, kind: Kind) {
+        *match kind {
+            Kind::Created => &mut self.created,
+            Kind::Updated => &mut self.updated,
+            Kind::Unchanged => &mut self.unchanged,
+            Kind::Deleted => &mut self.deleted,
+        } += 1;
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "created": self.created, "updated": self.updated,
+            "unchanged": self.unchanged, "deleted": self.deleted, "failed": self.failed,
+        })
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} created, {} updated, {} unchanged, {} deleted",
+            self.created, self.updated, self.unchanged, self.deleted
+        )?;
+        match self.failed {
+            0 => Ok(()),
+            failed => write!(f, ", {failed} failed"),
+        }
     }
 }
 
@@ -179,7 +330,7 @@ impl Worker<'_> {
 
     async fn create(&self, path: &str, wanted: &Wanted) -> anyhow::Result<Version> {
         let answer = self.client.post(path, &wanted.body(self.owner)).await;
-        let answer = answer?;
+        let answer = answer.map_err(|error| wanted.placed(error))?;
         let id = |member: &str| -> anyhow::Result<Uuid> {
             text(&answer["function"], member)
                 .parse()
@@ -200,7 +351,7 @@ impl Worker<'_> {
         let path = deployment_path(version.function, version.id);
         let body: Value = deployment.clone().into();
         let answer = self.client.post(&path, &body).await;
-        answer?;
+        answer.map_err(|error| wanted.placed(error))?;
         self.until_active(version, &wanted.name).await
     }
 

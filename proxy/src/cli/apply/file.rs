@@ -7,12 +7,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail, ensure};
-use serde::Deserialize;
+use anyhow::{Context, anyhow};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use super::super::{deploy::with_defaults, list};
+use super::{
+    super::{
+        api::{Problem, near},
+        deploy::with_defaults,
+        list,
+    },
+    diff::is_duration,
+    places::{self, Places},
+};
+use weir_control::model::IsoDuration;
 
 pub(super) const OWNER: &str = "weir:owner=";
 pub(super) const NAME: &str = "weir:name=";
@@ -24,43 +32,170 @@ const LONGEST_NAME: usize = 128 - NAME.len();
 /// Stands for the path of the weir that applies.
 const BINARY: &str = "${WEIR_BIN}";
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Document {
-    functions: Vec<Map<String, Value>>,
-}
-
 /// One entry of the file.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Wanted {
     pub(super) name: String,
     /// The create request, without apply's own tags.
-    body: Map<String, Value>,
+    pub(super) body: Map<String, Value>,
     /// Absent: the version is made and not deployed.
     pub(super) deployment: Option<Map<String, Value>>,
     /// Of both, hexadecimal.
     pub(super) digest: String,
+    at: At,
+}
+
+/// Where in the file an entry is.
+#[derive(Debug, Clone, PartialEq)]
+struct At {
+    source: String,
+    places: std::sync::Arc<Places>,
+    /// `functions[0]`.
+    path: String,
+}
+
+impl At {
+    /// What is wrong with a member, and where that is.
+    fn wrong(&self, member: &str, why: impl std::fmt::Display) -> anyhow::Error {
+        let path = match member {
+            "" => self.path.clone(),
+            member => format!("{}.{member}", self.path),
+        };
+        anyhow!("{}{}: {path}: {why}", self.source, self.places.of(&path))
+    }
+}
+
+/// The members that may be meant by one that is nearly so named.
+const MEMBERS: [(&str, &[&str]); 7] = [
+    (
+        "",
+        &[
+            "name",
+            "inferenceUrl",
+            "inferencePort",
+            "healthUri",
+            "health",
+            "process",
+            "endpoints",
+            "tags",
+            "description",
+            "rateLimit",
+            "apiBodyFormat",
+            "functionType",
+            "deployment",
+        ],
+    ),
+    ("process", &["command", "env", "workingDir"]),
+    (
+        "health",
+        &["protocol", "uri", "port", "timeout", "expectedStatusCode"],
+    ),
+    (
+        "deployment",
+        &[
+            "gpu",
+            "instanceType",
+            "minInstances",
+            "maxInstances",
+            "maxRequestConcurrency",
+            "deploymentSpecifications",
+            "autoscaling",
+            "queue",
+            "routing",
+            "trafficWeight",
+            "startTimeout",
+            "drainTimeout",
+            "cancelTimeout",
+        ],
+    ),
+    (
+        "deployment.autoscaling",
+        &[
+            "policy",
+            "targetUtilization",
+            "stableWindow",
+            "panicWindow",
+            "scaleInDelay",
+            "idleTimeout",
+        ],
+    ),
+    (
+        "deployment.queue",
+        &[
+            "maxRequests",
+            "maxBytes",
+            "holdBytes",
+            "busyTimeout",
+            "coldTimeout",
+        ],
+    ),
+    ("deployment.routing", &["policy", "sessionHeader"]),
+];
+
+/// Finds slips of the keyboard and wrong durations; all else the server judges.
+fn check(entry: &Value, at: &At) -> anyhow::Result<()> {
+    for (group, known) in MEMBERS {
+        let pointer = format!("/{}", group.replace('.', "/"));
+        let group_value = match group {
+            "" => Some(entry),
+            _ => entry.pointer(&pointer),
+        };
+        let Some(Value::Object(given)) = group_value else {
+            continue;
+        };
+        for (member, value) in given {
+            let dot = if group.is_empty() { "" } else { "." };
+            let path = format!("{group}{dot}{member}");
+            if !known.contains(&member.as_str()) {
+                if let [meant, ..] = near(member, known.iter().copied())[..] {
+                    return Err(at.wrong(
+                        &path,
+                        format!("there is no such member: did you mean {meant}?"),
+                    ));
+                }
+            } else if is_duration(member) {
+                let why = match value {
+                    Value::String(text) => text.parse::<IsoDuration>().err(),
+                    Value::Null => None,
+                    other => Some(format!(
+                        "{other} is not an ISO 8601 duration such as PT1M30S"
+                    )),
+                };
+                if let Some(why) = why {
+                    return Err(at.wrong(&path, why));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Wanted {
-    fn new(mut entry: Map<String, Value>, dir: &Path, binary: &str) -> anyhow::Result<Self> {
-        let name = entry
-            .get("name")
-            .and_then(Value::as_str)
-            .context("a function has no name")?
-            .to_owned();
-        ensure!(
-            name.len() <= LONGEST_NAME && is_word(&name),
-            "'{name}': a name is at most {LONGEST_NAME} letters, digits, - and _"
-        );
+    fn new(entry: Value, at: At, dir: &Path, binary: &str) -> anyhow::Result<Self> {
+        check(&entry, &at)?;
+        let Value::Object(mut entry) = entry else {
+            return Err(at.wrong("", "must be a mapping"));
+        };
+        let name = match entry.get("name") {
+            Some(Value::String(name)) => name.clone(),
+            Some(_) => return Err(at.wrong("name", "must be a string")),
+            None => return Err(at.wrong("", "it has no name")),
+        };
+        if name.len() > LONGEST_NAME || !is_word(&name) {
+            let why =
+                format!("'{name}': a name is at most {LONGEST_NAME} letters, digits, - and _");
+            return Err(at.wrong("name", why));
+        }
         let deployment = match entry.remove("deployment") {
             None | Some(Value::Null) => None,
             Some(Value::Object(deployment)) => Some(with_defaults(deployment)),
-            Some(_) => bail!("{name}: deployment must be a mapping"),
+            Some(_) => return Err(at.wrong("deployment", "must be a mapping")),
         };
         entry.entry("inferenceUrl").or_insert("/".into());
         if let Some(process) = entry.get_mut("process") {
-            ensure!(process.is_object(), "{name}: process must be a mapping");
+            if !process.is_object() {
+                return Err(at.wrong("process", "must be a mapping"));
+            }
             substitute(process, binary);
             let working_dir = match process["workingDir"].as_str() {
                 Some(given) => dir.join(given),
@@ -79,7 +214,31 @@ impl Wanted {
             body: entry,
             deployment,
             digest,
+            at,
         })
+    }
+
+    /// The server's error with where in the file it is about.
+    pub(super) fn placed(&self, error: anyhow::Error) -> anyhow::Error {
+        let Some(problem) = error.downcast_ref::<Problem>() else {
+            return error;
+        };
+        if problem.status != reqwest::StatusCode::BAD_REQUEST {
+            return error;
+        }
+        let named = problem.detail.split(": ").next().unwrap_or_default();
+        let short = named.trim_start_matches("deploymentSpecifications[0].");
+        let entry = &self.at.path;
+        let path = [
+            format!("{entry}.{named}"),
+            format!("{entry}.deployment.{named}"),
+            format!("{entry}.deployment.{short}"),
+        ]
+        .into_iter()
+        .find(|path| self.at.places.knows(path))
+        .unwrap_or_else(|| entry.clone());
+        let place = format!("{}{}: {path}", self.at.source, self.at.places.of(&path));
+        error.context(place)
     }
 
     /// The create request, with the tags by which the next apply knows it.
@@ -119,22 +278,51 @@ pub(super) fn read(file: &Path) -> anyhow::Result<Vec<Wanted>> {
     let binary = binary
         .to_str()
         .context("the path of this weir is not UTF-8")?;
-    parse(&text, &dir, binary).with_context(|| format!("{}", file.display()))
+    let source = match file == Path::new("-") {
+        true => "standard input".into(),
+        false => file.display().to_string(),
+    };
+    parse(&text, &source, &dir, binary)
 }
 
-pub(super) fn parse(text: &str, dir: &Path, binary: &str) -> anyhow::Result<Vec<Wanted>> {
-    let document: Document = serde_saphyr::from_str(text).map_err(|e| anyhow::anyhow!("{e}"))?;
+pub(super) fn parse(
+    text: &str,
+    source: &str,
+    dir: &Path,
+    binary: &str,
+) -> anyhow::Result<Vec<Wanted>> {
+    let (document, places) =
+        places::read(text).map_err(|(place, why)| anyhow!("{source}{place}: {why}"))?;
+    let places = std::sync::Arc::new(places);
+    let at = |path: String| At {
+        source: source.to_owned(),
+        places: places.clone(),
+        path,
+    };
+    let Value::Object(mut document) = document else {
+        return Err(anyhow!(
+            "{source}:1:1: must be a mapping with the member functions, a list"
+        ));
+    };
+    let entries = document.remove("functions");
+    if let Some(member) = document.keys().next() {
+        return Err(
+            at(member.clone()).wrong("", "there is no such member: functions is the only one")
+        );
+    }
+    let Some(Value::Array(entries)) = entries else {
+        return Err(at("functions".into()).wrong("", "must be a list of functions"));
+    };
     let mut names = BTreeSet::new();
-    document
-        .functions
+    entries
         .into_iter()
-        .map(|entry| {
-            let wanted = Wanted::new(entry, dir, binary)?;
-            ensure!(
-                names.insert(wanted.name.clone()),
-                "two functions are named '{}'",
-                wanted.name
-            );
+        .enumerate()
+        .map(|(number, entry)| {
+            let wanted = Wanted::new(entry, at(format!("functions[{number}]")), dir, binary)?;
+            if !names.insert(wanted.name.clone()) {
+                let why = format!("two functions are named '{}'", wanted.name);
+                return Err(wanted.at.wrong("name", why));
+            }
             Ok(wanted)
         })
         .collect()
@@ -200,7 +388,7 @@ functions:
 ";
 
     fn parsed(text: &str) -> anyhow::Result<Vec<Wanted>> {
-        parse(text, Path::new("/dir/."), "/bin/weir")
+        parse(text, "f.yaml", Path::new("/dir/."), "/bin/weir")
     }
 
     #[test]
@@ -248,20 +436,86 @@ functions:
 
     #[test]
     fn files_that_make_no_sense_are_refused() {
-        for (text, part) in [
-            ("functions: [{endpoints: [x]}]", "no name"),
-            ("functions: [{name: 'a b'}]", "'a b'"),
-            ("functions: [{name: a}, {name: a}]", "two functions"),
-            ("functions: [{name: a, deployment: 1}]", "deployment"),
-            ("functions: [{name: a, process: 1}]", "process"),
-            ("function: []", "function"),
-            ("functions: [", ""),
+        for (text, expected) in [
+            (
+                "functions: [{endpoints: [x]}]",
+                "f.yaml:1:13: functions[0]: it has no name",
+            ),
+            (
+                "functions:\n- name: 'a b'",
+                "f.yaml:2:9: functions[0].name: 'a b': a name is",
+            ),
+            (
+                "functions: [{name: a}, {name: a}]",
+                "f.yaml:1:31: functions[1].name: two functions are named 'a'",
+            ),
+            (
+                "functions: [{name: a, deployment: 1}]",
+                "f.yaml:1:35: functions[0].deployment: must be a mapping",
+            ),
+            (
+                "functions: [{name: a, process: 1}]",
+                "f.yaml:1:32: functions[0].process: must be a mapping",
+            ),
+            (
+                "functions: [{name: 7}]",
+                "f.yaml:1:20: functions[0].name: must be a string",
+            ),
+            (
+                "functions: [a]",
+                "f.yaml:1:13: functions[0]: must be a mapping",
+            ),
+            (
+                "function: []",
+                "f.yaml:1:11: function: there is no such member: functions is",
+            ),
+            ("functions: {}", "f.yaml:1:12: functions: must be a list"),
+            ("[]", "f.yaml:1:1: must be a mapping"),
+            ("functions: [", "f.yaml:1:1"),
+            (
+                "functions:\n- name: a\n  deployment:\n    minInstance: 1",
+                "f.yaml:4:18: functions[0].deployment.minInstance: there is no such member: did you mean minInstances?",
+            ),
+            (
+                "functions:\n- name: a\n  deployment:\n    autoscaling: {idleTimeout: 5m}",
+                "f.yaml:4:32: functions[0].deployment.autoscaling.idleTimeout: '5m' is not an ISO 8601 duration: write PT5M",
+            ),
         ] {
             let error = parsed(text).unwrap_err().to_string();
-            assert!(error.contains(part), "{text}: {error}");
+            assert!(error.starts_with(expected), "{text}: {error}");
         }
+        assert!(
+            parsed("functions: [{name: a, containerImage: x}]").is_ok(),
+            "the server's to judge"
+        );
         assert!(parsed(&format!("functions: [{{name: {}}}]", "a".repeat(119))).is_err());
         assert!(owner("a.b").is_err() && owner("").is_err() && owner("ci-1").is_ok());
+    }
+
+    #[test]
+    fn the_servers_refusals_get_their_place() {
+        let text =
+            "functions:\n- name: a\n  process: {command: []}\n  deployment:\n    minInstances: 9";
+        let wanted = parsed(text).unwrap().remove(0);
+        let placed = |detail: &str| {
+            let body = json!({"detail": detail}).to_string();
+            let problem = Problem::read(reqwest::StatusCode::BAD_REQUEST, body.as_bytes());
+            format!("{:#}", wanted.placed(problem.into()))
+        };
+        for (detail, place) in [
+            (
+                "process.command: is empty",
+                "f.yaml:3:22: functions[0].process.command",
+            ),
+            (
+                "deploymentSpecifications[0].minInstances: no",
+                "f.yaml:5:19: functions[0].deployment.minInstances",
+            ),
+            ("something else", "f.yaml:2:3: functions[0]"),
+        ] {
+            let shown = placed(detail);
+            assert_eq!(shown, format!("{place}: Bad Request (400): {detail}"));
+        }
     }
 
     #[test]

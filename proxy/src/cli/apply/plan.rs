@@ -65,6 +65,26 @@ impl Change<'_> {
             Self::Keep => "not in the file; --prune deletes it",
         }
     }
+
+    pub(super) fn kind(&self) -> Kind {
+        match self {
+            Self::CreateFunction(_) => Kind::Created,
+            Self::CreateVersion(..) | Self::Deploy(..) | Self::Redeploy(..) | Self::Await(_) => {
+                Kind::Updated
+            }
+            Self::Nothing | Self::Keep => Kind::Unchanged,
+            Self::Delete => Kind::Deleted,
+        }
+    }
+}
+
+/// What a step comes to for its function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Created,
+    Updated,
+    Unchanged,
+    Deleted,
 }
 
 /// The file's functions in its order, then those it no longer has. `there` is
@@ -142,7 +162,7 @@ mod tests {
         let deployment = if deployed { "{}" } else { "null" };
         let text =
             format!("functions: [{{name: {name}, endpoints: [x], deployment: {deployment}}}]");
-        super::super::file::parse(&text, std::path::Path::new("/"), "weir")
+        super::super::file::parse(&text, "f.yaml", std::path::Path::new("/"), "weir")
             .unwrap()
             .remove(0)
     }
