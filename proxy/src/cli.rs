@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
+use clap::CommandFactory;
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
@@ -50,6 +51,35 @@ pub enum Command {
     Logs(node::Logs),
     /// Show the nodes and their GPUs
     Gpu(node::Gpu),
+    /// Print what makes a shell complete weir's command line
+    #[command(after_help = "Examples:\n  \
+        weir completions bash > ~/.local/share/bash-completion/completions/weir\n  \
+        weir completions zsh > \"${fpath[1]}/_weir\"\n  \
+        weir completions fish > ~/.config/fish/completions/weir.fish")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+/// What the shell reads.
+fn completions(shell: Shell) -> Vec<u8> {
+    let mut command = crate::args::Args::command();
+    let mut script = Vec::new();
+    let shell = match shell {
+        Shell::Bash => clap_complete::Shell::Bash,
+        Shell::Zsh => clap_complete::Shell::Zsh,
+        Shell::Fish => clap_complete::Shell::Fish,
+    };
+    clap_complete::generate(shell, &mut command, "weir", &mut script);
+    script
 }
 
 /// Runs one command; the caller prints the error, if any, and ends with 1.
@@ -64,6 +94,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(args) => args.run().await,
         Command::Logs(args) => args.run().await,
         Command::Gpu(args) => args.run().await,
+        Command::Completions { shell } => write_out(&completions(shell)),
     };
     done.map(|()| ExitCode::SUCCESS)
 }
@@ -377,5 +408,19 @@ mod tests {
         }
         std::fs::write(&file, "{nope").unwrap();
         assert!(read_object(&file).is_err());
+    }
+
+    #[test]
+    fn every_shell_gets_every_command() {
+        for (shell, part) in [
+            (Shell::Bash, "complete -F _weir"),
+            (Shell::Zsh, "#compdef weir"),
+            (Shell::Fish, "complete -c weir"),
+        ] {
+            let script = String::from_utf8(completions(shell)).unwrap();
+            for part in [part, "status", "no-wait", "dry-run"] {
+                assert!(script.contains(part), "{shell:?}: {part}");
+            }
+        }
     }
 }
