@@ -12,6 +12,7 @@ mod bad_instances;
 mod bad_names;
 mod bad_starts;
 mod calls;
+mod cli;
 mod crashes;
 mod edges;
 mod instance;
