@@ -5,16 +5,18 @@
 //! is closed by `complete`, or by being dropped: that is a caller who left,
 //! code 499 as in nginx's log.
 
-use std::{io::Write, net::IpAddr, sync::Arc, thread, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use metrics::Counter;
-use serde::Serialize;
 use tokio::time::Instant;
 use uuid::Uuid;
 use weir_control::model::{FunctionId, VersionId};
 
-use crate::{server::OpenRequest, table::Deployed};
+use crate::{
+    access_log::{AccessLog, Line},
+    server::OpenRequest,
+    table::Deployed,
+};
 
 #[derive(Debug)]
 pub struct Account {
@@ -27,7 +29,7 @@ struct Open {
     log: AccessLog,
     request_id: Uuid,
     peer: IpAddr,
-    method: http::Method,
+    method: &'static str,
     arrived: Instant,
     function: Option<FunctionId>,
     version: Option<VersionId>,
@@ -67,7 +69,7 @@ impl Account {
         counted: OpenRequest,
         request_id: Uuid,
         peer: IpAddr,
-        method: http::Method,
+        method: &http::Method,
         arrived: Instant,
     ) -> Self {
         Self {
@@ -76,7 +78,7 @@ impl Account {
                 log,
                 request_id,
                 peer,
-                method,
+                method: known(method),
                 arrived,
                 function: None,
                 version: None,
@@ -149,7 +151,7 @@ impl Account {
     /// Weir's own answer is ready, and so the request is over. Nobody asks for the body of an answer to HEAD.
     pub fn own(mut self, bytes: u64) {
         if let Some(open) = &mut self.open
-            && open.method != http::Method::HEAD
+            && open.method != "HEAD"
         {
             open.sent = bytes;
         }
@@ -202,94 +204,30 @@ impl Open {
             let overhead = duration.saturating_sub(instance).saturating_sub(waited);
             deployed.metrics.invocation(self.status, duration, overhead);
         }
-        if let Some(lines) = &self.log.lines {
-            let line = Line {
-                time: Timestamp::now(),
-                request_id: self.request_id,
-                peer: self.peer,
-                method: self.method.as_str().into(),
-                function: self.function,
-                version: self.version,
-                status: self.status,
-                error: self.error,
-                bytes: self.sent,
-                attempts: self.attempts,
-                duration_ms: millis(duration),
-                wait_ms: self.waited.map(millis),
-                instance_ms: self.instance_took.map(millis),
-            };
-            // A full channel drops the line: the log may not slow a request down.
-            if lines.try_send(line).is_err() {
-                self.log.dropped.increment(1);
-            }
-        }
+        self.log.write(|| Line {
+            time: Timestamp::now(),
+            status: self.status,
+            method: self.method,
+            duration,
+            function: self.function,
+            version: self.version,
+            error: self.error,
+            wait: self.waited,
+            instance: self.instance_took,
+            bytes: self.sent,
+            attempts: self.attempts,
+            peer: self.peer,
+            request_id: self.request_id,
+        });
     }
 }
 
-fn millis(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
-}
-
-/// One line of the access log; the names are stable.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Line {
-    time: Timestamp,
-    request_id: Uuid,
-    peer: IpAddr,
-    method: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    function: Option<FunctionId>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    version: Option<VersionId>,
-    status: u16,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<&'static str>,
-    bytes: u64,
-    attempts: u32,
-    duration_ms: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    wait_ms: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    instance_ms: Option<f64>,
-}
-
-/// Where lines go: a thread of its own writes them.
-#[derive(Clone)]
-pub struct AccessLog {
-    lines: Option<std::sync::mpsc::SyncSender<Line>>,
-    dropped: Counter,
-}
-
-impl AccessLog {
-    #[must_use]
-    pub fn off() -> Self {
-        Self {
-            lines: None,
-            dropped: Counter::noop(),
-        }
-    }
-
-    /// Lines that wait to be written are at most 16,384; more are dropped and counted.
-    pub fn to(mut out: impl Write + Send + 'static, dropped: Counter) -> std::io::Result<Self> {
-        let (send, lines) = std::sync::mpsc::sync_channel::<Line>(16 << 10);
-        thread::Builder::new()
-            .name("access-log".into())
-            .spawn(move || {
-                let mut buffer = Vec::new();
-                while let Ok(line) = lines.recv() {
-                    for line in std::iter::once(line).chain(lines.try_iter().take(256)) {
-                        // Writing to memory, of a value with string keys only.
-                        _ = serde_json::to_writer(&mut buffer, &line);
-                        buffer.push(b'\n');
-                    }
-                    _ = out.write_all(&buffer).and_then(|()| out.flush());
-                    buffer.clear();
-                }
-            })?;
-        Ok(Self {
-            lines: Some(send),
-            dropped,
-        })
-    }
+/// A method's name, unless the caller made it up: such a one may say anything.
+fn known(method: &http::Method) -> &'static str {
+    [
+        "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "CONNECT", "TRACE",
+    ]
+    .into_iter()
+    .find(|known| method.as_str() == *known)
+    .unwrap_or("_OTHER")
 }

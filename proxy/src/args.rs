@@ -17,7 +17,7 @@ use std::{
 use clap::{CommandFactory, FromArgMatches, error::ErrorKind, parser::ValueSource};
 use weir_control::model::IsoDuration;
 
-use crate::{cli, tls::Files};
+use crate::{access_log, cli, tls::Files};
 
 /// A proxy for serverless GPU functions that speaks NVIDIA Cloud Functions' API
 #[derive(Debug, clap::Parser)]
@@ -119,6 +119,10 @@ pub struct ServeArgs {
         default_value = "stdout"
     )]
     pub access_log: AccessLog,
+
+    /// How its lines are written
+    #[arg(long, env = "WEIR_ACCESS_LOG_FORMAT", default_value = "json")]
+    pub access_log_format: access_log::Format,
 
     /// Cores to serve with, a number of threads [default: all there are]
     #[arg(long, env = "WEIR_CORES", value_name = "N", value_parser = count::<NonZeroUsize>)]
@@ -625,6 +629,7 @@ mod tests {
         assert_eq!(args.auth, Auth::Keys);
         assert_eq!(args.access_log, AccessLog::Stdout);
         assert!(args.cores() > 0);
+        assert_eq!(args.access_log_format, access_log::Format::Json);
         let limits = args.limits;
         assert_eq!((limits.max_head, limits.max_fields.get()), (64 << 10, 100));
         assert_eq!((limits.max_uri, limits.max_body), (16 << 10, 1 << 30));
@@ -644,6 +649,8 @@ mod tests {
             "H100:8,L4:2",
             "--access-log",
             "a.log",
+            "--access-log-format",
+            "text",
             "--max-body",
             "2MiB",
             "--instance-ports",
@@ -656,6 +663,7 @@ mod tests {
         .unwrap();
         assert_eq!(args.gpus.unwrap().to_string(), "H100:8,L4:2");
         assert_eq!(args.access_log, AccessLog::File("a.log".into()));
+        assert_eq!(args.access_log_format, access_log::Format::Text);
         assert_eq!(args.limits.max_body, 2 << 20);
         assert_eq!(args.instance_ports, 3000..=3001);
         assert_eq!(args.grace, IsoDuration::secs(60));
@@ -678,6 +686,7 @@ mod tests {
             ("--request-timeout", "1h"),
             ("--h2-window", "2GiB"),
             ("--listen", "nowhere"),
+            ("--access-log-format", "xml"),
         ] {
             let error = serve(&[flag, value]).unwrap_err();
             assert!(error.contains(flag), "{flag} {value}: {error}");

@@ -23,7 +23,7 @@ use weir_control::{
 };
 
 use crate::{
-    account::AccessLog, limit::Limits, metrics::ProcessMetrics, refusal::Refusal, table::Table,
+    access_log::AccessLog, limit::Limits, metrics::ProcessMetrics, refusal::Refusal, table::Table,
     upstream::Times,
 };
 

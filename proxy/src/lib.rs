@@ -3,12 +3,13 @@
 //! A request's way, module by module: [`server`] accepts it, [`target`] says
 //! which function it is for, [`invoke`] is its whole life, [`table`] has what
 //! is known of the function, [`upstream`] brings it to an instance, [`body`]
-//! streams, [`account`] writes down how it ended, [`activity`] times connections, [`tls`] has
-//! their certificates. [`refusal`] is every answer of Weir's own.
+//! streams, [`account`] writes down how it ended, to [`metrics`] and [`access_log`], [`activity`] times
+//! connections, [`tls`] has their certificates. [`refusal`] is every answer of Weir's own.
 //!
 //! [`args`] is what the command line says, [`serve`] joins the parts into a
 //! running process, [`cli`] is every other command.
 
+pub mod access_log;
 pub mod account;
 pub mod activity;
 pub mod args;

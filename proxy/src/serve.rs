@@ -35,12 +35,12 @@ use weir_control::{
 };
 
 use crate::{
-    account,
-    args::{AccessLog, Auth, ServeArgs},
+    access_log::AccessLog,
+    args::{self, Auth, ServeArgs},
     core::{Core, Keys, RetryBudget, Settings, Stopping},
     limit::Limits,
     measured::Measured,
-    metrics::{Listener, Metrics},
+    metrics::{Listener, Metrics, ProcessMetrics},
     observe::{Observed, health_routes, upkeep},
     server::{self, Desk},
     table::Table,
@@ -49,6 +49,9 @@ use crate::{
 };
 
 const NODE: &str = "local";
+
+/// Time for lines to get out at the end.
+const FLUSH: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT, and then as long as the grace allows.
 pub fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
@@ -207,24 +210,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         }
     };
 
-    let log = match &args.access_log {
-        AccessLog::Off => account::AccessLog::off(),
-        AccessLog::Stdout => {
-            account::AccessLog::to(std::io::stdout(), process.log_dropped.clone())?
-        }
-        AccessLog::File(path) => {
-            let file = fs::OpenOptions::new().create(true).append(true).open(path);
-            account::AccessLog::to(
-                file.with_context(|| {
-                    format!(
-                        "the access log '{}' can't be written: give --access-log a file in a directory that is there and that weir's user may write to",
-                        path.display()
-                    )
-                })?,
-                process.log_dropped.clone(),
-            )?
-        }
-    };
+    let log = access_log(args, &process)?;
     let allowed = &args.limits;
     let settings = Arc::new(Settings {
         max_head: allowed.max_head,
@@ -337,13 +323,36 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     stop.send_replace(Stopping::Now);
     _ = timeout(Duration::from_secs(2), done.recv()).await;
     drop(joiner);
-    _ = timeout(Duration::from_secs(15), agent.shutdown()).await;
+    _ = tokio::join!(
+        timeout(Duration::from_secs(15), agent.shutdown()),
+        timeout(FLUSH, log.flush()),
+    );
     administration.abort();
     Ok(if broken.is_some() {
         ExitCode::FAILURE
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// Opens it where `--access-log` says.
+fn access_log(args: &ServeArgs, metrics: &ProcessMetrics) -> anyhow::Result<AccessLog> {
+    let (format, dropped) = (args.access_log_format, metrics.log_dropped.clone());
+    let log = match &args.access_log {
+        args::AccessLog::Off => AccessLog::off(),
+        args::AccessLog::Stdout => AccessLog::to(std::io::stdout(), format, dropped)?,
+        args::AccessLog::File(path) => {
+            let file = fs::OpenOptions::new().create(true).append(true).open(path);
+            let file = file.with_context(|| {
+                format!(
+                    "the access log '{}' can't be written: give --access-log a file in a directory that is there and that weir's user may write to",
+                    path.display()
+                )
+            })?;
+            AccessLog::to(file, format, dropped)?
+        }
+    };
+    Ok(log)
 }
 
 /// `/readyz` turns to 503 before anything stops, so that balancers in front look elsewhere.

@@ -404,7 +404,7 @@ async fn answer(
         counted,
         caller.request_id,
         caller.peer,
-        request.method().clone(),
+        request.method(),
         Instant::now(),
     );
     let (head, body) = request.into_parts();

@@ -18,6 +18,7 @@ mod edges;
 mod instance;
 mod leaving;
 mod limits;
+mod logs;
 mod metrics;
 mod passing;
 mod restart;
