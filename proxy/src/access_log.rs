@@ -1,9 +1,9 @@
 //! The access log: one line for each request, as JSON or as text.
 //!
 //! Requests hand plain values to a thread of its own, which writes. Nothing
-//! in a line was chosen by the caller but its method (if it is a known one),
-//! so that a path, a query, a host or a field with a secret in it can't get
-//! there, and nothing needs to be escaped.
+//! in a line was chosen by the caller but its method (if it is a known one)
+//! and its trace's ID, so that a path, a query, a host or a field with a
+//! secret in it can't get there, and nothing needs to be escaped.
 
 use std::{
     fmt::{self, Display},
@@ -19,6 +19,8 @@ use metrics::Counter;
 use tokio::{sync::oneshot, task::spawn_blocking};
 use uuid::Uuid;
 use weir_control::model::{FunctionId, VersionId};
+
+use crate::trace::TraceId;
 
 /// Lines that wait to be written; more are dropped and counted.
 const WAITING: usize = 16 << 10;
@@ -58,6 +60,7 @@ pub struct Line {
     pub attempts: u32,
     pub peer: IpAddr,
     pub request_id: Uuid,
+    pub trace_id: TraceId,
 }
 
 impl Line {
@@ -77,6 +80,7 @@ impl Line {
         line.number("attempts", Some(self.attempts));
         line.text("peer", Some(self.peer));
         line.text("requestId", Some(self.request_id));
+        line.text("traceId", Some(self.trace_id));
         line.end();
     }
 }
@@ -247,6 +251,7 @@ mod tests {
             attempts: 1,
             peer: "::1".parse().unwrap(),
             request_id: Uuid::nil(),
+            trace_id: TraceId(0xabc),
         }
     }
 
@@ -263,7 +268,8 @@ mod tests {
             "{\"time\":\"2026-11-25T12:00:00.123456Z\",\"status\":200,\"method\":\"POST\",\
              \"durationMs\":1012.034,\"function\":\"11111111-1111-4111-8111-111111111111\",\
              \"waitMs\":1000.000,\"bytes\":7,\"attempts\":1,\"peer\":\"::1\",\
-             \"requestId\":\"00000000-0000-0000-0000-000000000000\"}\n"
+             \"requestId\":\"00000000-0000-0000-0000-000000000000\",\
+             \"traceId\":\"00000000000000000000000000000abc\"}\n"
         );
     }
 
@@ -274,7 +280,8 @@ mod tests {
             "time=2026-11-25T12:00:00.123456Z status=200 method=POST durationMs=1012.034 \
              function=11111111-1111-4111-8111-111111111111 version=- error=- waitMs=1000.000 \
              instanceMs=- bytes=7 attempts=1 peer=::1 \
-             requestId=00000000-0000-0000-0000-000000000000\n"
+             requestId=00000000-0000-0000-0000-000000000000 \
+             traceId=00000000000000000000000000000abc\n"
         );
     }
 

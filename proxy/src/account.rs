@@ -1,21 +1,30 @@
-//! What is written down of a request when it ends, however it ends: metrics
-//! and one line of the access log.
+//! What is written down of a request when it ends, however it ends: metrics,
+//! one line of the access log and, where it is sampled, its trace.
 //!
 //! An [`Account`] travels with the request and then with the answer's body. It
 //! is closed by `complete`, or by being dropped: that is a caller who left,
 //! code 499 as in nginx's log.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use http::{HeaderMap, request::Parts};
 use jiff::Timestamp;
 use tokio::time::Instant;
 use uuid::Uuid;
 use weir_control::model::{FunctionId, VersionId};
 
 use crate::{
-    access_log::{AccessLog, Line},
+    access_log::Line,
+    core::{Caller, Core},
     server::OpenRequest,
     table::Deployed,
+    target::Target,
+    trace::{Context, Record, SpanId},
+    upstream::Backend,
 };
 
 #[derive(Debug)]
@@ -26,10 +35,13 @@ pub struct Account {
 struct Open {
     /// Counts the request on its core and its connection, until it ends.
     _counted: OpenRequest,
-    log: AccessLog,
+    core: Arc<Core>,
     request_id: Uuid,
     peer: IpAddr,
     method: &'static str,
+    trace: Context,
+    /// Kept where the trace is sampled.
+    record: Option<Box<Record>>,
     arrived: Instant,
     function: Option<FunctionId>,
     version: Option<VersionId>,
@@ -64,21 +76,39 @@ const LEFT: u16 = 499;
 
 impl Account {
     #[must_use]
-    pub fn open(
-        log: AccessLog,
-        counted: OpenRequest,
-        request_id: Uuid,
-        peer: IpAddr,
-        method: &http::Method,
-        arrived: Instant,
-    ) -> Self {
+    pub fn open(core: &Arc<Core>, counted: OpenRequest, caller: &Caller, head: &Parts) -> Self {
+        let arrived = Instant::now();
+        let trace = core.traces.begin(&head.headers);
+        let method = known(&head.method);
+        let record = trace.sampled().then(|| {
+            Box::new(Record {
+                context: trace,
+                span: SpanId::random(),
+                request_id: caller.request_id,
+                peer: caller.peer,
+                method,
+                protocol: head.version,
+                arrived: (arrived, SystemTime::now()),
+                ended: arrived,
+                path: None,
+                version_named: false,
+                function: None,
+                version: None,
+                status: LEFT,
+                error: None,
+                sent: 0,
+                phases: Vec::new(),
+            })
+        });
         Self {
             open: Some(Box::new(Open {
                 _counted: counted,
-                log,
-                request_id,
-                peer,
-                method: known(method),
+                core: core.clone(),
+                request_id: caller.request_id,
+                peer: caller.peer,
+                method,
+                trace,
+                record,
                 arrived,
                 function: None,
                 version: None,
@@ -94,10 +124,14 @@ impl Account {
         }
     }
 
-    pub fn target(&mut self, function: FunctionId, version: Option<VersionId>) {
+    pub fn target(&mut self, target: &Target) {
         if let Some(open) = &mut self.open {
-            open.function = Some(function);
-            open.version = version;
+            open.function = Some(target.function);
+            open.version = target.version;
+            if let Some(record) = &mut open.record {
+                record.path = Some(target.path);
+                record.version_named = target.version.is_some();
+            }
         }
     }
 
@@ -108,18 +142,47 @@ impl Account {
         }
     }
 
-    /// It has a slot, after a wait if it had to.
-    pub fn dispatched(&mut self, waited: Option<Waited>) {
-        if let Some(open) = &mut self.open {
-            open.attempts += 1;
-            open.dispatched = Some(Instant::now());
-            if let Some(Waited { time, cold }) = waited {
-                open.waited = Some(time);
-                if let Some(deployed) = &open.deployed {
-                    deployed.metrics.waited(time, cold);
-                }
+    /// It begins to wait for a slot.
+    pub fn queued(&mut self, cold: bool) {
+        if let Some(record) = self.record() {
+            record.queued(cold);
+        }
+    }
+
+    /// It has a slot, after a wait if it had to. The instance is told of the trace.
+    pub fn dispatched(
+        &mut self,
+        waited: Option<Waited>,
+        backend: &Backend,
+        headers: &mut HeaderMap,
+    ) {
+        let Some(open) = &mut self.open else { return };
+        open.attempts += 1;
+        open.dispatched = Some(Instant::now());
+        if let Some(Waited { time, cold }) = waited {
+            open.waited = Some(time);
+            if let Some(deployed) = &open.deployed {
+                deployed.metrics.waited(time, cold);
             }
         }
+        let span = SpanId::random();
+        open.trace.tell(span, headers);
+        if let Some(record) = &mut open.record {
+            let started = backend.started.zip(backend.healthy);
+            record.attempt(span, backend.instance, backend.address, started);
+        }
+    }
+
+    /// The instance took no connection.
+    pub fn not_sent(&mut self) {
+        if let Some(attempt) = self.record().and_then(Record::running) {
+            attempt.refused = true;
+            attempt.to = Some(Instant::now());
+        }
+    }
+
+    fn record(&mut self) -> Option<&mut Record> {
+        self.open.as_mut()?.record.as_deref_mut()
     }
 
     pub fn instance_done(&mut self) {
@@ -131,6 +194,9 @@ impl Account {
             if let Some(deployed) = &open.deployed {
                 deployed.served(took);
             }
+            if let Some(attempt) = self.record().and_then(Record::running) {
+                attempt.to = Some(Instant::now());
+            }
         }
     }
 
@@ -139,6 +205,11 @@ impl Account {
         if let Some(open) = &mut self.open {
             open.status = status.as_u16();
             open.error = error;
+            if let Some(attempt) = open.record.as_deref_mut().and_then(Record::running)
+                && error.is_none()
+            {
+                attempt.status = Some(open.status);
+            }
         }
     }
 
@@ -204,7 +275,7 @@ impl Open {
             let overhead = duration.saturating_sub(instance).saturating_sub(waited);
             deployed.metrics.invocation(self.status, duration, overhead);
         }
-        self.log.write(|| Line {
+        self.core.log.write(|| Line {
             time: Timestamp::now(),
             status: self.status,
             method: self.method,
@@ -218,7 +289,20 @@ impl Open {
             attempts: self.attempts,
             peer: self.peer,
             request_id: self.request_id,
+            trace_id: self.trace.trace,
         });
+        // What names no function is no invocation.
+        if let Some(mut record) = self.record
+            && self.function.is_some()
+        {
+            record.ended = self.arrived + duration;
+            record.function = self.function;
+            record.version = self.version;
+            record.status = self.status;
+            record.error = self.error;
+            record.sent = self.sent;
+            self.core.traces.over(record);
+        }
     }
 }
 

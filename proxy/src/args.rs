@@ -17,7 +17,7 @@ use std::{
 use clap::{CommandFactory, FromArgMatches, error::ErrorKind, parser::ValueSource};
 use weir_control::model::IsoDuration;
 
-use crate::{access_log, cli, tls::Files};
+use crate::{access_log, cli, tls::Files, trace};
 
 /// A proxy for serverless GPU functions that speaks NVIDIA Cloud Functions' API
 #[derive(Debug, clap::Parser)]
@@ -123,6 +123,14 @@ pub struct ServeArgs {
     /// How its lines are written
     #[arg(long, env = "WEIR_ACCESS_LOG_FORMAT", default_value = "json")]
     pub access_log_format: access_log::Format,
+
+    /// Collector of traces: the base of its URL, to which /v1/traces is added; OTLP over HTTP [default: what OTEL_EXPORTER_OTLP_ENDPOINT says, else none]
+    #[arg(long, env = "WEIR_OTLP_ENDPOINT", value_name = "URL", value_parser = |s: &str| trace::endpoint(s, false))]
+    pub otlp_endpoint: Option<String>,
+
+    /// Part of the invocations to trace, 0 to 1; those whose caller traces or doesn't are as the caller says
+    #[arg(long, env = "WEIR_TRACE_SAMPLE", value_name = "RATIO", default_value = "0.01", value_parser = ratio)]
+    pub trace_sample: f64,
 
     /// Cores to serve with, a number of threads [default: all there are]
     #[arg(long, env = "WEIR_CORES", value_name = "N", value_parser = count::<NonZeroUsize>)]
@@ -281,6 +289,28 @@ pub struct LimitArgs {
 }
 
 impl ServeArgs {
+    /// The URL that traces are sent to, by OpenTelemetry's own variables where there is no flag.
+    pub fn traces_endpoint(&self) -> anyhow::Result<Option<String>> {
+        if self.otlp_endpoint.is_some() {
+            return Ok(self.otlp_endpoint.clone());
+        }
+        for (variable, whole) in [
+            ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", true),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", false),
+        ] {
+            match std::env::var(variable) {
+                Ok(url) if !url.is_empty() => {
+                    let checked = trace::endpoint(&url, whole);
+                    return checked
+                        .map(Some)
+                        .map_err(|why| anyhow::anyhow!("{variable}: {why}"));
+                }
+                _ => {}
+            }
+        }
+        Ok(None)
+    }
+
     /// Threads to serve with.
     #[must_use]
     pub fn cores(&self) -> usize {
@@ -405,6 +435,13 @@ fn bytes_within(s: &str, least: u32, most: u32) -> Result<u32, String> {
         .ok()
         .filter(|n| (least..=most).contains(n))
         .ok_or_else(|| format!("must be {least} to {most} bytes"))
+}
+
+fn ratio(s: &str) -> Result<f64, String> {
+    match s.parse::<f64>() {
+        Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+        _ => Err("must be a number from 0 to 1".into()),
+    }
 }
 
 fn positive(s: &str) -> Result<IsoDuration, String> {
@@ -536,6 +573,7 @@ fn word(value: &toml::Value) -> Option<String> {
     match value {
         toml::Value::String(s) => Some(s.clone()),
         toml::Value::Integer(n) => Some(n.to_string()),
+        toml::Value::Float(n) => Some(n.to_string()),
         toml::Value::Array(entries) => {
             let words: Option<Vec<String>> = entries.iter().map(word).collect();
             Some(words?.join(","))
@@ -630,6 +668,7 @@ mod tests {
         assert_eq!(args.access_log, AccessLog::Stdout);
         assert!(args.cores() > 0);
         assert_eq!(args.access_log_format, access_log::Format::Json);
+        assert_eq!((args.otlp_endpoint, args.trace_sample), (None, 0.01));
         let limits = args.limits;
         assert_eq!((limits.max_head, limits.max_fields.get()), (64 << 10, 100));
         assert_eq!((limits.max_uri, limits.max_body), (16 << 10, 1 << 30));
@@ -651,6 +690,10 @@ mod tests {
             "a.log",
             "--access-log-format",
             "text",
+            "--otlp-endpoint",
+            "http://collector:4318/",
+            "--trace-sample",
+            "1",
             "--max-body",
             "2MiB",
             "--instance-ports",
@@ -661,9 +704,13 @@ mod tests {
             "7",
         ])
         .unwrap();
-        assert_eq!(args.gpus.unwrap().to_string(), "H100:8,L4:2");
+        let gpus = args.gpus.as_ref();
+        assert_eq!(gpus.unwrap().to_string(), "H100:8,L4:2");
         assert_eq!(args.access_log, AccessLog::File("a.log".into()));
         assert_eq!(args.access_log_format, access_log::Format::Text);
+        let traces = args.traces_endpoint().unwrap().unwrap();
+        assert_eq!(traces, "http://collector:4318/v1/traces");
+        assert!((args.trace_sample - 1.0).abs() < f64::EPSILON);
         assert_eq!(args.limits.max_body, 2 << 20);
         assert_eq!(args.instance_ports, 3000..=3001);
         assert_eq!(args.grace, IsoDuration::secs(60));
@@ -687,6 +734,9 @@ mod tests {
             ("--h2-window", "2GiB"),
             ("--listen", "nowhere"),
             ("--access-log-format", "xml"),
+            ("--otlp-endpoint", "collector:4318"),
+            ("--trace-sample", "2"),
+            ("--trace-sample", "NaN"),
         ] {
             let error = serve(&[flag, value]).unwrap_err();
             assert!(error.contains(flag), "{flag} {value}: {error}");
@@ -745,7 +795,8 @@ mod tests {
             ),
             ("config = 'x'", &["unknown key 'config'"]),
             ("listen = 'x'", &["'x'", "--listen"]),
-            ("listen = 1.5", &["'listen' must be a string"]),
+            ("listen = true", &["'listen' must be a string"]),
+            ("trace-sample = 1.5", &["'1.5'", "--trace-sample"]),
             ("listen", &["expected"]),
         ] {
             let file = file(text);

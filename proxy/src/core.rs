@@ -24,7 +24,7 @@ use weir_control::{
 
 use crate::{
     access_log::AccessLog, limit::Limits, metrics::ProcessMetrics, refusal::Refusal, table::Table,
-    upstream::Times,
+    trace::Traces, upstream::Times,
 };
 
 pub struct Core {
@@ -34,6 +34,7 @@ pub struct Core {
     pub limits: Arc<Limits>,
     pub budget: RetryBudget,
     pub log: AccessLog,
+    pub traces: Traces,
     pub metrics: Arc<ProcessMetrics>,
     pub settings: Arc<Settings>,
     /// Where the data plane speaks TLS.

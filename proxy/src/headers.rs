@@ -13,7 +13,6 @@ use crate::{
 
 pub static REQUEST_ID: HeaderName = HeaderName::from_static("nvcf-reqid");
 static STATUS: HeaderName = HeaderName::from_static("nvcf-status");
-static TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Fields that concern one connection, besides those that `Connection` names.
 static HOP_BY_HOP: LazyLock<[HeaderName; 9]> = LazyLock::new(|| {
@@ -120,7 +119,8 @@ pub fn within(request: &Parts, settings: &Settings) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Makes the caller's head into the instance's. `left` is what is left of the time that the caller gave.
+/// Makes the caller's head into the instance's. `left` is what is left of the time that the caller gave. Each attempt
+/// tells of the trace besides.
 pub fn forward(
     request: &mut Parts,
     caller: &Caller,
@@ -200,16 +200,6 @@ pub fn forward(
         header::HOST,
         host.unwrap_or_else(|| HeaderValue::from_static("")),
     );
-    if !headers.contains_key(&TRACE_PARENT) {
-        let span = format!(
-            "00-{}-{:016x}-00",
-            caller.request_id.as_simple(),
-            rand::random::<u64>() | 1
-        );
-        if let Ok(value) = HeaderValue::from_str(&span) {
-            headers.insert(TRACE_PARENT.clone(), value);
-        }
-    }
     request.version = http::Version::HTTP_11;
 }
 

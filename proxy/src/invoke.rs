@@ -70,7 +70,8 @@ pub async fn invoke(
         home: core.index,
     };
     let mut held = Held::new(body, limit);
-    let (mut slot, mut waited) = take_slot(core, &ask, &mut held, &mut patience, chosen).await?;
+    let (mut slot, mut waited) =
+        take_slot(core, &ask, &mut held, &mut patience, chosen, account).await?;
 
     headers::forward(&mut head, caller, &version.version, &key, patience.left());
     head.uri = path_for(&head.uri, &target, &version.version.inference_url)?;
@@ -83,7 +84,7 @@ pub async fn invoke(
     let deadline = Instant::now() + core.settings.request_timeout;
     let mut attempt = 1;
     let (response, exchange) = loop {
-        account.dispatched(waited.take());
+        account.dispatched(waited.take(), slot.target(), request.headers_mut());
         let instance = slot.target().instance;
         let cancels = &deployed.metrics.cancel_timeouts;
         let send = upstream::send(slot, request, core.settings.instances, cancels);
@@ -105,6 +106,7 @@ pub async fn invoke(
                 return Err(Refusal::NoCapacity(why.into()));
             }
             Ok(Err(Failure::NotSent(unsent, refused))) => {
+                account.not_sent();
                 deployed.metrics.connect_failures.increment(1);
                 set_aside(core, deployed, instance.0.as_u128());
                 core.table.signal(Signal::Suspect(instance));
@@ -115,8 +117,9 @@ pub async fn invoke(
                 attempt += 1;
                 request = *unsent;
                 // Back into the line, at the old place: `ask` has the old arrival.
+                let mut held = Held::default();
                 (slot, _) =
-                    take_slot(core, &ask, &mut Held::default(), &mut patience, chosen).await?;
+                    take_slot(core, &ask, &mut held, &mut patience, chosen, account).await?;
             }
         }
     };
@@ -359,6 +362,7 @@ async fn take_slot(
     held: &mut Held,
     patience: &mut Patience,
     chosen: Chosen<'_>,
+    account: &mut Account,
 ) -> Result<(InstanceSlot, Option<Waited>), Refusal> {
     let (_, deployed, _) = chosen;
     match deployed.queue.enter(ask.clone()) {
@@ -366,6 +370,7 @@ async fn take_slot(
         Entered::Refused(refused) => Err(refusal(core, refused, deployed)),
         Entered::Waiting(waiting) => {
             let cold = waiting.cold();
+            account.queued(cold);
             let slot = wait(core, waiting, held, patience, chosen).await?;
             let time = patience.waited();
             Ok((slot, Some(Waited { time, cold })))

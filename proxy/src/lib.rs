@@ -3,7 +3,7 @@
 //! A request's way, module by module: [`server`] accepts it, [`target`] says
 //! which function it is for, [`invoke`] is its whole life, [`table`] has what
 //! is known of the function, [`upstream`] brings it to an instance, [`body`]
-//! streams, [`account`] writes down how it ended, to [`metrics`] and [`access_log`], [`activity`] times
+//! streams, [`account`] writes down how it ended, to [`metrics`], [`access_log`] and [`trace`], [`activity`] times
 //! connections, [`tls`] has their certificates. [`refusal`] is every answer of Weir's own.
 //!
 //! [`args`] is what the command line says, [`serve`] joins the parts into a
@@ -30,4 +30,5 @@ pub mod socket;
 pub mod table;
 pub mod target;
 pub mod tls;
+pub mod trace;
 pub mod upstream;

@@ -59,6 +59,7 @@ const DECISIONS: &str = "weir_scale_decisions_total";
 const STORE_ERRORS: &str = "weir_store_errors_total";
 const LOG_DROPPED: &str = "weir_access_log_dropped_total";
 const HANDSHAKES_FAILED: &str = "weir_tls_handshake_failures_total";
+const TRACES_DROPPED: &str = "weir_traces_dropped_total";
 
 const QUEUE_DEPTH: &str = "weir_queue_depth";
 const QUEUE_LIMIT: &str = "weir_queue_limit";
@@ -71,7 +72,7 @@ const BUILD: &str = "weir_build_info";
 const STORE_CALLS: [&str; 4] = ["get", "list", "commit", "watch"];
 
 /// Name and help.
-const COUNTERS: [(&str, &str); 9] = [
+const COUNTERS: [(&str, &str); 10] = [
     (
         INVOCATIONS,
         "Invocations by their final status code; 499: the caller left",
@@ -104,6 +105,10 @@ const COUNTERS: [(&str, &str); 9] = [
     (
         HANDSHAKES_FAILED,
         "Connections whose TLS handshake failed, by listener",
+    ),
+    (
+        TRACES_DROPPED,
+        "Traces of sampled requests that were lost since the collector did not take them",
     ),
 ];
 
@@ -301,6 +306,7 @@ impl Metrics {
             store_commit: LazyHistogram::new(self, STORE_COMMIT, Vec::new()),
             store_lag: LazyHistogram::new(self, STORE_LAG, Vec::new()),
             log_dropped: self.counter(LOG_DROPPED, &[], None),
+            traces_dropped: self.counter(TRACES_DROPPED, &[], None),
             connections: self.gauge(CONNECTIONS, &[], None),
             build: self.gauge(BUILD, &[], Some(build)),
             handshakes_failed: Listener::ALL
@@ -436,6 +442,7 @@ pub struct ProcessMetrics {
     store_commit: LazyHistogram,
     store_lag: LazyHistogram,
     pub log_dropped: Counter,
+    pub traces_dropped: Counter,
     connections: Gauge,
     build: Gauge,
     handshakes_failed: [Counter; 2],
@@ -476,5 +483,6 @@ impl ProcessMetrics {
         for failed in &self.handshakes_failed {
             failed.increment(0);
         }
+        self.traces_dropped.increment(0);
     }
 }

@@ -18,7 +18,7 @@ use tokio::{
     runtime,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
@@ -45,12 +45,13 @@ use crate::{
     server::{self, Desk},
     table::Table,
     tls::{self, Certificates, Files},
+    trace::Traces,
     upstream::Times,
 };
 
 const NODE: &str = "local";
 
-/// Time for lines to get out at the end.
+/// Least time for lines and traces to get out at the end.
 const FLUSH: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT, and then as long as the grace allows.
@@ -211,6 +212,10 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     };
 
     let log = access_log(args, &process)?;
+    let traces = match args.traces_endpoint()? {
+        Some(url) => Traces::to(&url, args.trace_sample, process.traces_dropped.clone())?,
+        None => Traces::off(),
+    };
     let allowed = &args.limits;
     let settings = Arc::new(Settings {
         max_head: allowed.max_head,
@@ -255,6 +260,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             limits: limits.clone(),
             budget: RetryBudget::default(),
             log: log.clone(),
+            traces: traces.clone(),
             metrics: process.clone(),
             settings: settings.clone(),
             tls: data_tls.clone(),
@@ -306,6 +312,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         sleep(args.drain_delay.0).await;
     }
     stop.send_replace(Stopping::Draining);
+    let grace_over = Instant::now() + args.grace.0;
     let (done_sender, mut done) = mpsc::channel::<()>(1);
     let joiner = thread::Builder::new().name("join".into()).spawn(move || {
         for core in cores {
@@ -323,9 +330,11 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     stop.send_replace(Stopping::Now);
     _ = timeout(Duration::from_secs(2), done.recv()).await;
     drop(joiner);
+    let left = grace_over.saturating_duration_since(Instant::now());
     _ = tokio::join!(
         timeout(Duration::from_secs(15), agent.shutdown()),
         timeout(FLUSH, log.flush()),
+        traces.close(left.clamp(FLUSH, 5 * FLUSH)),
     );
     administration.abort();
     Ok(if broken.is_some() {

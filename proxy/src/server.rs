@@ -399,15 +399,8 @@ async fn answer(
         peer: peer.ip(),
         scheme,
     };
-    let mut account = Account::open(
-        core.log.clone(),
-        counted,
-        caller.request_id,
-        caller.peer,
-        request.method(),
-        Instant::now(),
-    );
     let (head, body) = request.into_parts();
+    let mut account = Account::open(core, counted, &caller, &head);
     let target = match secured(scheme)
         .and_then(|()| headers::check(&head))
         .and_then(|()| headers::within(&head, &core.settings))
@@ -420,7 +413,7 @@ async fn answer(
         }
         Err(refusal) => return own(core, Err(refusal), caller, false, account),
     };
-    account.target(target.function, target.version);
+    account.target(&target);
     let request = Request::from_parts(head, body);
     // A panic costs its own request; what the request held is given back by its guards.
     let invoked = AssertUnwindSafe(invoke(core, &caller, target, request, &mut account));

@@ -343,6 +343,7 @@ fn tell_instances(deployed: &Deployed, instances: &[Instance], cancel_timeout: D
             capacity: instance.capacity,
             draining: instance.state == InstanceState::Draining,
             started: instance.spawned_at,
+            healthy: instance.first_healthy_at,
             cancel_timeout,
         });
         let key = instance.id.0.as_u128();

@@ -49,6 +49,8 @@ pub struct Backend {
     pub draining: bool,
     /// When its process started: another one at the same address is another one.
     pub started: Option<Timestamp>,
+    /// When that process first was healthy.
+    pub healthy: Option<Timestamp>,
     /// Longest time a cancelled request may keep its slot.
     pub cancel_timeout: Duration,
 }

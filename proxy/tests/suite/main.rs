@@ -2,7 +2,7 @@
 //! API what to run, and called as its callers call it.
 //!
 //! [`support`] starts servers and speaks to them, [`instance`] is an instance
-//! that keeps its own books; every other module holds promises.
+//! that keeps its own books, [`collector`] takes traces; every other module holds promises.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod bad_calls;
@@ -13,6 +13,7 @@ mod bad_names;
 mod bad_starts;
 mod calls;
 mod cli;
+mod collector;
 mod crashes;
 mod edges;
 mod instance;
@@ -27,4 +28,5 @@ mod stopping;
 mod storm;
 mod support;
 mod tls;
+mod traces;
 mod waiting;

@@ -65,6 +65,7 @@ impl Ports {
 pub(crate) struct Server {
     child: Child,
     flags: Vec<String>,
+    environment: Vec<(String, String)>,
     ports: Ports,
     directory: TempDir,
     log: Arc<Mutex<String>>,
@@ -80,11 +81,19 @@ impl Server {
     }
 
     pub(crate) fn with(flags: &[&str]) -> Self {
-        Self::within(&std::env::temp_dir(), flags)
+        Self::made(&std::env::temp_dir(), flags, &[])
     }
 
     /// With its data directory in this one.
     pub(crate) fn within(parent: &Path, flags: &[&str]) -> Self {
+        Self::made(parent, flags, &[])
+    }
+
+    pub(crate) fn with_environment(flags: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::made(&std::env::temp_dir(), flags, environment)
+    }
+
+    fn made(parent: &Path, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         // Callers by the hundred are as many open files.
         let limit = getrlimit(Resource::Nofile);
         let all = Rlimit {
@@ -95,12 +104,18 @@ impl Server {
         let directory = tempfile::tempdir_in(parent).unwrap();
         let ports = Ports::claim();
         let flags: Vec<String> = flags.iter().map(|&flag| flag.to_owned()).collect();
+        let environment = environment
+            .iter()
+            .map(|&(n, v)| (n.to_owned(), v.to_owned()));
+        let environment: Vec<(String, String)> = environment.collect();
         let log = Arc::default();
-        let (child, data, admin) = launch(directory.path(), ports.first, &flags, &log);
+        let told = (&flags[..], &environment[..]);
+        let (child, data, admin) = launch(directory.path(), ports.first, told, &log);
         let key = fs::read_to_string(directory.path().join("admin.key")).unwrap();
         Self {
             child,
             flags,
+            environment,
             ports,
             log,
             data,
@@ -122,7 +137,7 @@ impl Server {
         (self.child, self.data, self.admin) = launch(
             self.directory.path(),
             self.ports.first,
-            &self.flags,
+            (&self.flags, &self.environment),
             &self.log,
         );
     }
@@ -139,13 +154,13 @@ impl Server {
         eventually("weir ends", SOON, async || self.child.try_wait().unwrap()).await
     }
 
-    /// Whether its log has this by now.
-    pub(crate) fn said(&self, text: &str) -> bool {
-        self.log.lock().unwrap().contains(text)
-    }
-
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// What it wrote to standard error.
+    pub(crate) fn said(&self) -> String {
+        self.log.lock().unwrap().clone()
     }
 
     // === The API ===
@@ -426,15 +441,17 @@ impl Drop for Server {
 fn launch(
     directory: &Path,
     first_port: u16,
-    flags: &[String],
+    (flags, environment): (&[String], &[(String, String)]),
     log: &Arc<Mutex<String>>,
 ) -> (Child, SocketAddr, SocketAddr) {
     let mut command = Command::new(WEIR);
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("WEIR_") {
+        let text = name.to_string_lossy();
+        if text.starts_with("WEIR_") || text.starts_with("OTEL_") {
             command.env_remove(name);
         }
     }
+    command.envs(environment.iter().map(|(name, value)| (name, value)));
     let last_port = first_port + Ports::EACH - 1;
     let mut child = command
         .args(["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
