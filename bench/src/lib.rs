@@ -15,8 +15,9 @@ pub enum Bench {
     /// Call a function at a rate, or by so many callers, and show throughput
     /// and latencies
     Load(load::LoadArgs),
-    /// Send the requests of an Azure LLM trace at the trace's times, and
-    /// compare the instance-seconds used with the least possible
+    /// Send the requests of an LLM trace (Azure's or Mooncake's format) at the
+    /// trace's times, and compare the instance-seconds used with the least
+    /// possible
     Replay(replay::ReplayArgs),
     /// Measure what Weir adds to an instance's own start
     Wake(wake::WakeArgs),

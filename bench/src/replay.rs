@@ -37,7 +37,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::json;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -48,15 +48,20 @@ use crate::tally::{Answered, Counted, Quantiles, Tally};
 
 mod bound;
 mod report;
+mod trace;
 
 use bound::{Job, least_instance_seconds};
+use trace::{Format, Pace, Planned};
 
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 
 #[derive(Debug, clap::Args)]
 pub struct ReplayArgs {
-    /// The trace, as CSV: TIMESTAMP,ContextTokens,GeneratedTokens
-    #[arg(value_name = "TRACE.csv")]
+    /// The trace: a CSV file with the columns TIMESTAMP, ContextTokens and
+    /// GeneratedTokens, as Azure's, or a file of JSON lines with timestamp (in
+    /// ms), input_length and output_length, as Mooncake's. Its beginning tells
+    /// which
+    #[arg(value_name = "TRACE")]
     pub trace: PathBuf,
     /// How many times as fast as the trace. Divides arrivals, service times,
     /// start delay and the autoscaler's windows alike
@@ -105,15 +110,6 @@ fn speed(text: &str) -> Result<f64, String> {
     }
 }
 
-/// One request of the trace, at the replay's speed.
-#[derive(Clone, Debug, PartialEq)]
-struct Planned {
-    /// After the trace's first request.
-    at: Duration,
-    service: Duration,
-    bytes: u64,
-}
-
 /// What came of one request.
 struct Outcome {
     answer: Answered,
@@ -151,6 +147,7 @@ struct Watched {
 #[serde(rename_all = "camelCase")]
 struct Summary {
     trace: String,
+    format: Format,
     speed: f64,
     #[serde(flatten)]
     counted: Counted,
@@ -169,7 +166,12 @@ struct Summary {
 }
 
 pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
-    let plan = read_plan(&args)?;
+    let pace = Pace {
+        speed: args.speed,
+        prefill_ms: args.prefill_ms,
+        decode_ms: args.decode_ms,
+    };
+    let (format, plan) = trace::read(&args.trace, pace)?;
     // A request that waits holds a connection.
     raise_files()?;
     let client = Client::new(&args.target)?;
@@ -194,7 +196,7 @@ pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
     );
     let work: f64 = jobs.iter().map(|job| job.service).sum();
     let work = work / f64::from(args.max_request_concurrency);
-    let summary = summarize(&args, &outcomes, watched, least, work)?;
+    let summary = summarize(&args, format, &outcomes, watched, least, work)?;
     println!("{}", report::render(&summary));
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_vec_pretty(&summary)?)
@@ -205,49 +207,6 @@ pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
         bail!("{failed} of {} requests were not answered 200", plan.len());
     }
     Ok(())
-}
-
-fn read_plan(args: &ReplayArgs) -> anyhow::Result<Vec<Planned>> {
-    let file = std::fs::File::open(&args.trace)
-        .with_context(|| format!("could not open {}", args.trace.display()))?;
-    plan(file, args.speed, args.prefill_ms, args.decode_ms)
-        .with_context(|| format!("could not read {}", args.trace.display()))
-}
-
-fn plan(
-    csv: impl std::io::Read,
-    speed: f64,
-    prefill_ms: f64,
-    decode_ms: f64,
-) -> anyhow::Result<Vec<Planned>> {
-    #[derive(Deserialize)]
-    struct Row {
-        #[serde(rename = "TIMESTAMP")]
-        timestamp: jiff::civil::DateTime,
-        #[serde(rename = "ContextTokens")]
-        context: u64,
-        #[serde(rename = "GeneratedTokens")]
-        generated: u64,
-    }
-    let mut rows = csv::Reader::from_reader(csv)
-        .deserialize()
-        .collect::<Result<Vec<Row>, _>>()?;
-    rows.sort_by_key(|row| row.timestamp);
-    let Some(first) = rows.first().map(|row| row.timestamp) else {
-        bail!("the trace has no requests");
-    };
-    rows.into_iter()
-        .map(|row| {
-            let since = row.timestamp.duration_since(first).as_secs_f64();
-            let service_ms = row.context as f64 * prefill_ms + row.generated as f64 * decode_ms;
-            Ok(Planned {
-                at: Duration::try_from_secs_f64(since / speed)?,
-                service: Duration::try_from_secs_f64(service_ms / 1e3 / speed)?,
-                // A token of English is about four bytes.
-                bytes: row.generated * 4,
-            })
-        })
-        .collect()
 }
 
 fn deployment(args: &ReplayArgs) -> serde_json::Value {
@@ -404,6 +363,7 @@ fn cold_starts(counts: &[Count]) -> usize {
 
 fn summarize(
     args: &ReplayArgs,
+    format: Format,
     outcomes: &[Outcome],
     watched: Watched,
     least: f64,
@@ -417,6 +377,7 @@ fn summarize(
     let used = instance_seconds(&watched.counts);
     Ok(Summary {
         trace: file_name(&args.trace),
+        format,
         speed: args.speed,
         wait_milliseconds: counted.times,
         counted,

@@ -9,21 +9,36 @@ struct Cli {
     replay: ReplayArgs,
 }
 
-fn args(fake: &FakeWeir, directory: &Path) -> ReplayArgs {
-    let trace = directory.join("trace.csv");
-    std::fs::write(&trace, TRACE).unwrap();
-    let json = directory.join("summary.json");
-    let flags = ["replay", trace.to_str().unwrap(), "--speed", "20", "--json"];
-    let flags = flags.into_iter().chain([json.to_str().unwrap()]);
+/// The name says nothing of the format.
+fn args(fake: &FakeWeir, directory: &Path, trace: &str) -> ReplayArgs {
+    let file = |name: &str| directory.join(name).to_str().unwrap().to_owned();
+    std::fs::write(file("trace.txt"), trace).unwrap();
+    let (trace, json) = (file("trace.txt"), file("summary.json"));
+    let flags = ["replay", &trace, "--speed", "20", "--json", &json];
     let target = ["--url", &fake.url, "--admin", &fake.url, "--key", "secret"];
-    Cli::try_parse_from(flags.chain(target)).unwrap().replay
+    let flags = flags.into_iter().chain(target);
+    Cli::try_parse_from(flags).unwrap().replay
 }
+
+fn written(directory: &Path) -> serde_json::Value {
+    let summary = std::fs::read(directory.join("summary.json")).unwrap();
+    serde_json::from_slice(&summary).unwrap()
+}
+
+const AZURE: &str = "TIMESTAMP,ContextTokens,GeneratedTokens\n\
+    2023-11-16 18:15:46.6805900,400,40\n\
+    2023-11-16 18:15:50.6805900,0,10\n\
+    2023-11-16 18:15:48.6805900,100,0\n";
+
+const MOONCAKE: &str = r#"{"timestamp": 0, "input_length": 400, "output_length": 40, "hash_ids": [0]}
+{"timestamp": 2000, "input_length": 100, "output_length": 0, "hash_ids": [0, 1]}
+"#;
 
 #[tokio::test]
 async fn a_replay_asks_for_what_it_needs_and_cleans_up() {
     let fake = FakeWeir::start(200).await;
     let directory = tempfile::tempdir().unwrap();
-    replay(args(&fake, directory.path())).await.unwrap();
+    replay(args(&fake, directory.path(), AZURE)).await.unwrap();
 
     let created = fake.body_of("POST /v2/nvcf/functions");
     assert_eq!(created["process"]["command"][1], "sample-function");
@@ -35,8 +50,7 @@ async fn a_replay_asks_for_what_it_needs_and_cleans_up() {
     assert_eq!(fake.calls("DELETE /v2/nvcf/functions/f/versions/v"), 1);
     assert_eq!(fake.calls("POST /infer"), 3);
 
-    let summary = std::fs::read(directory.path().join("summary.json")).unwrap();
-    let summary: serde_json::Value = serde_json::from_slice(&summary).unwrap();
+    let summary = written(directory.path());
     assert_eq!(summary["answered"]["200"], 3);
     assert_eq!(summary["instancesStarted"], 1);
     assert_eq!(summary["coldStarts"], 1);
@@ -45,14 +59,42 @@ async fn a_replay_asks_for_what_it_needs_and_cleans_up() {
 }
 
 #[tokio::test]
+async fn a_trace_of_the_other_format_is_replayed_too() {
+    let fake = FakeWeir::start(200).await;
+    let directory = tempfile::tempdir().unwrap();
+    replay(args(&fake, directory.path(), MOONCAKE))
+        .await
+        .unwrap();
+    assert_eq!(fake.calls("POST /infer"), 2);
+    assert_eq!(written(directory.path())["format"], "mooncake");
+}
+
+#[tokio::test]
+async fn what_is_no_trace_is_refused_before_anything_is_made() {
+    let fake = FakeWeir::start(200).await;
+    let directory = tempfile::tempdir().unwrap();
+    let bad = format!("{MOONCAKE}{{}}\n");
+    let error = replay(args(&fake, directory.path(), &bad))
+        .await
+        .unwrap_err();
+    let error = format!("{error:#}");
+    assert!(
+        error.contains("trace.txt: line 3, column 2: missing"),
+        "{error}"
+    );
+    assert_eq!(fake.calls("POST /v2/nvcf/functions"), 0);
+}
+
+#[tokio::test]
 async fn a_replay_with_failed_requests_fails_and_cleans_up() {
     let fake = FakeWeir::start(503).await;
     let directory = tempfile::tempdir().unwrap();
-    let error = replay(args(&fake, directory.path())).await.unwrap_err();
+    let error = replay(args(&fake, directory.path(), AZURE))
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("3 of 3"), "{error}");
     assert_eq!(fake.calls("DELETE /v2/nvcf/functions/f/versions/v"), 1);
-    let summary = std::fs::read(directory.path().join("summary.json")).unwrap();
-    let summary: serde_json::Value = serde_json::from_slice(&summary).unwrap();
+    let summary = written(directory.path());
     assert_eq!(summary["answered"]["503 no-capacity"], 3);
 }
 
@@ -60,40 +102,16 @@ async fn a_replay_with_failed_requests_fails_and_cleans_up() {
 async fn a_wrong_key_is_told_as_such() {
     let fake = FakeWeir::start(200).await;
     let directory = tempfile::tempdir().unwrap();
-    let mut args = args(&fake, directory.path());
+    let mut args = args(&fake, directory.path(), AZURE);
     args.target.key = Some("wrong".into());
     let error = replay(args).await.unwrap_err();
     assert!(format!("{error:#}").contains("401"), "{error:#}");
 }
 
-const TRACE: &str = "TIMESTAMP,ContextTokens,GeneratedTokens\n\
-    2023-11-16 18:15:46.6805900,400,40\n\
-    2023-11-16 18:15:50.6805900,0,10\n\
-    2023-11-16 18:15:48.6805900,100,0\n";
-
 #[test]
-fn a_trace_becomes_a_plan_at_speed() {
-    let plan = plan(TRACE.as_bytes(), 2.0, 0.25, 15.0).unwrap();
-    let planned = |at, service, bytes| Planned {
-        at: Duration::from_millis(at),
-        service: Duration::from_micros(service),
-        bytes,
-    };
-    assert_eq!(
-        plan,
-        [
-            planned(0, 350_000, 160),
-            planned(1000, 12_500, 0),
-            planned(2000, 75_000, 40)
-        ]
-    );
-}
-
-#[test]
-fn a_trace_that_is_none_is_refused() {
-    assert!(plan("TIMESTAMP,ContextTokens\n".as_bytes(), 1.0, 1.0, 1.0).is_err());
-    assert!(plan("A,B\n1,2\n".as_bytes(), 1.0, 1.0, 1.0).is_err());
+fn a_speed_is_a_number_above_0() {
     assert!(speed("0").is_err() && speed("-1").is_err() && speed("inf").is_err());
+    assert_eq!(speed("0.5"), Ok(0.5));
 }
 
 fn count(at: f64, starting: usize, ready: usize, draining: usize) -> Count {
