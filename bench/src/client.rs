@@ -222,6 +222,28 @@ impl Client {
         Ok(check(response).await?.json::<List>().await?.instances)
     }
 
+    /// How many invocations of the version wait.
+    pub(crate) async fn queue_depth(&self, of: &Version) -> anyhow::Result<u64> {
+        #[derive(Deserialize)]
+        struct List {
+            queues: Vec<Queue>,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Queue {
+            function_version_id: String,
+            queue_depth: u64,
+        }
+        let path = format!("/v2/nvcf/queues/functions/{}", of.function);
+        let list: List = read(self.admin(Method::GET, &path)).await?;
+        let queue = list
+            .queues
+            .into_iter()
+            .find(|queue| queue.function_version_id == of.version)
+            .with_context(|| format!("{path} has no queue of version {}", of.version))?;
+        Ok(queue.queue_depth)
+    }
+
     pub(crate) async fn instance(&self, id: &str) -> anyhow::Result<Instance> {
         let path = format!("/v2/weir/instances/{id}");
         let mut answer: Value = read(self.admin(Method::GET, &path)).await?;

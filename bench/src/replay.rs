@@ -30,32 +30,34 @@
 //! and the ratio is then to be read with the waits. What none can go below is
 //! all service times divided by the slots, which is shown beside it.
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
-use serde::Serialize;
 use serde_json::json;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::Instant;
 
 use crate::client::{Client, TargetArgs, Version, deleting, iso, parse_duration, raise_files};
-use crate::tally::{Answered, Counted, Quantiles, Tally};
+use crate::tally::Answered;
 
 mod bound;
+mod buckets;
 mod report;
+mod summary;
 mod trace;
+mod watch;
 
 use bound::{Job, least_instance_seconds};
-use trace::{Format, Pace, Planned};
-
-const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+use summary::{Bounds, summarize};
+use trace::{Pace, Planned};
+use watch::{Watched, watch};
 
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = summary::JSON_HELP)]
 pub struct ReplayArgs {
     /// The trace: a CSV file with the columns TIMESTAMP, ContextTokens and
     /// GeneratedTokens, as Azure's, or a file of JSON lines with timestamp (in
@@ -96,7 +98,7 @@ pub struct ReplayArgs {
     /// Milliseconds of service for each generated token
     #[arg(long, default_value_t = 15.0)]
     pub decode_ms: f64,
-    /// Write the summary here
+    /// Write the figures and all that was seen here; --help says what that is
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
     #[command(flatten)]
@@ -112,57 +114,11 @@ fn speed(text: &str) -> Result<f64, String> {
 
 /// What came of one request.
 struct Outcome {
+    /// After the first request.
+    due: Duration,
     answer: Answered,
     /// Latency less service time.
     wait: Duration,
-}
-
-/// How many instances there were at one time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-struct Count {
-    /// Seconds after the first request.
-    at: f64,
-    starting: usize,
-    ready: usize,
-    draining: usize,
-    error: usize,
-}
-
-impl Count {
-    /// Those that use a machine.
-    fn running(&self) -> usize {
-        self.starting + self.ready + self.draining
-    }
-}
-
-#[derive(Debug, Default)]
-struct Watched {
-    counts: Vec<Count>,
-    ids: HashSet<String>,
-    /// Looks that failed.
-    missed: u64,
-}
-
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Summary {
-    trace: String,
-    format: Format,
-    speed: f64,
-    #[serde(flatten)]
-    counted: Counted,
-    wait_milliseconds: Quantiles,
-    instances_started: usize,
-    /// Rises from no instance to one.
-    cold_starts: usize,
-    instance_seconds: f64,
-    least_instance_seconds: f64,
-    /// All service times divided by slots: instances that were always full
-    /// and started in no time.
-    work_instance_seconds: f64,
-    ratio: Option<f64>,
-    samples_missed: u64,
-    instances: Vec<Count>,
 }
 
 pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
@@ -196,12 +152,16 @@ pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
     );
     let work: f64 = jobs.iter().map(|job| job.service).sum();
     let work = work / f64::from(args.max_request_concurrency);
-    let summary = summarize(&args, format, &outcomes, watched, least, work)?;
-    println!("{}", report::render(&summary));
+    let bounds = Bounds { least, work };
+    let summary = summarize(&args, format, &outcomes, watched, bounds)?;
+    // Before anything is printed, to what may read no more.
+    let write = |path: &PathBuf, text: String| {
+        std::fs::write(path, text).with_context(|| format!("could not write {}", path.display()))
+    };
     if let Some(path) = &args.json {
-        std::fs::write(path, serde_json::to_vec_pretty(&summary)?)
-            .with_context(|| format!("could not write {}", path.display()))?;
+        write(path, serde_json::to_string_pretty(&summary)?)?;
     }
+    println!("{}", report::render(&summary));
     let failed = summary.counted.failed();
     if failed > 0 {
         bail!("{failed} of {} requests were not answered 200", plan.len());
@@ -241,12 +201,7 @@ async fn run(
     let start = Instant::now();
     let (stop, stopped) = oneshot::channel();
     let mut watcher = JoinSet::new();
-    watcher.spawn(watch(
-        client.clone(),
-        version.version.clone(),
-        start,
-        stopped,
-    ));
+    watcher.spawn(watch(client.clone(), version.clone(), start, stopped));
 
     let outcomes = send_all(client, &version.function, plan, start).await;
 
@@ -302,102 +257,12 @@ async fn send(
     let answer = Client::answered(client.invoke(&function, &path)).await;
     bar.inc(1);
     Outcome {
+        due: planned.at,
         answer,
         wait: (start + planned.at)
             .elapsed()
             .saturating_sub(planned.service),
     }
-}
-
-async fn watch(
-    client: Client,
-    version: String,
-    start: Instant,
-    mut stopped: oneshot::Receiver<()>,
-) -> Watched {
-    let mut watched = Watched::default();
-    let mut ticks = tokio::time::interval(SAMPLE_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    loop {
-        let last = tokio::select! {
-            _ = ticks.tick() => false,
-            _ = &mut stopped => true,
-        };
-        match client.instances(&version).await {
-            Ok(instances) => {
-                let count = |state: &str| instances.iter().filter(|i| i.state == state).count();
-                watched.counts.push(Count {
-                    at: start.elapsed().as_secs_f64(),
-                    starting: count("starting"),
-                    ready: count("ready"),
-                    draining: count("draining"),
-                    error: count("error"),
-                });
-                watched.ids.extend(instances.into_iter().map(|i| i.id));
-            }
-            Err(_) => watched.missed += 1,
-        }
-        if last {
-            return watched;
-        }
-    }
-}
-
-/// Each count holds until the next look.
-fn instance_seconds(counts: &[Count]) -> f64 {
-    counts
-        .windows(2)
-        .map(|pair| pair[0].running() as f64 * (pair[1].at - pair[0].at))
-        .sum()
-}
-
-fn cold_starts(counts: &[Count]) -> usize {
-    let mut before = 0;
-    let mut starts = 0;
-    for count in counts {
-        starts += usize::from(before == 0 && count.running() > 0);
-        before = count.running();
-    }
-    starts
-}
-
-fn summarize(
-    args: &ReplayArgs,
-    format: Format,
-    outcomes: &[Outcome],
-    watched: Watched,
-    least: f64,
-    work: f64,
-) -> anyhow::Result<Summary> {
-    let mut tally = Tally::new()?;
-    for outcome in outcomes {
-        tally.add(&outcome.answer, outcome.wait);
-    }
-    let counted = tally.count();
-    let used = instance_seconds(&watched.counts);
-    Ok(Summary {
-        trace: file_name(&args.trace),
-        format,
-        speed: args.speed,
-        wait_milliseconds: counted.times,
-        counted,
-        instances_started: watched.ids.len(),
-        cold_starts: cold_starts(&watched.counts),
-        instance_seconds: used,
-        least_instance_seconds: least,
-        work_instance_seconds: work,
-        // Nothing seen is nothing to compare.
-        ratio: (used > 0.0 && least > 0.0).then(|| used / least),
-        samples_missed: watched.missed,
-        instances: watched.counts,
-    })
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
 }
 
 #[cfg(test)]

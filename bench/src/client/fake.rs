@@ -24,6 +24,8 @@ struct State {
     /// `METHOD path` and body of each call.
     calls: Vec<(String, Value)>,
     instance: Option<Started>,
+    /// Invocations that have no instance yet.
+    waiting: u64,
     /// What invocations are answered with.
     status: u16,
 }
@@ -128,6 +130,11 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Respons
             json(200, json!({ "function": { "status": "ACTIVE" } }))
         }
         "DELETE /v2/nvcf/functions/f/versions/v" => json(204, Value::Null),
+        "GET /v2/nvcf/queues/functions/f" => {
+            let depth = state.lock().unwrap().waiting;
+            let queue = json!({ "functionVersionId": "v", "queueDepth": depth });
+            json(200, json!({ "functionId": "f", "queues": [queue] }))
+        }
         "GET /v2/weir/instances" => {
             let instance = state.lock().unwrap().instance();
             json(
@@ -155,10 +162,13 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Respons
 async fn invoke(state: &Mutex<State>) -> Response<Full<Bytes>> {
     if state.lock().unwrap().instance().is_none() {
         let spawned = jiff::Timestamp::now();
+        state.lock().unwrap().waiting += 1;
         tokio::time::sleep(FakeWeir::OWN_START).await;
         let healthy = jiff::Timestamp::now();
         tokio::time::sleep(FakeWeir::ADDED).await;
-        state.lock().unwrap().instance = Some(Started {
+        let mut state = state.lock().unwrap();
+        state.waiting -= 1;
+        state.instance = Some(Started {
             spawned,
             healthy,
             used: Instant::now(),

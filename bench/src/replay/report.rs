@@ -2,7 +2,8 @@
 
 use comfy_table::Table;
 
-use super::{Count, Summary};
+use super::summary::Summary;
+use super::watch::Count;
 
 /// Columns of the chart.
 const WIDTH: usize = 64;
@@ -38,7 +39,7 @@ pub(super) fn render(summary: &Summary) -> String {
     );
     if summary.samples_missed > 0 {
         row(
-            "looks at the instances that failed",
+            "looks at instances and queue that failed",
             summary.samples_missed.to_string(),
         );
     }

@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use clap::Parser;
 
 use super::*;
@@ -56,6 +58,12 @@ async fn a_replay_asks_for_what_it_needs_and_cleans_up() {
     assert_eq!(summary["coldStarts"], 1);
     assert!(summary["instanceSeconds"].as_f64().unwrap() > 0.0);
     assert!(summary["leastInstanceSeconds"].as_f64().unwrap() > 0.5);
+    assert_eq!(summary["samplesMissed"], 0);
+    let looks = summary["instances"].as_array().unwrap().len();
+    assert_eq!(summary["queue"].as_array().unwrap().len(), looks);
+    let buckets = summary["buckets"].as_array().unwrap();
+    let arrivals = buckets.iter().filter_map(|b| b["arrivals"].as_u64());
+    assert_eq!(arrivals.sum::<u64>(), 3);
 }
 
 #[tokio::test]
@@ -112,29 +120,4 @@ async fn a_wrong_key_is_told_as_such() {
 fn a_speed_is_a_number_above_0() {
     assert!(speed("0").is_err() && speed("-1").is_err() && speed("inf").is_err());
     assert_eq!(speed("0.5"), Ok(0.5));
-}
-
-fn count(at: f64, starting: usize, ready: usize, draining: usize) -> Count {
-    Count {
-        at,
-        starting,
-        ready,
-        draining,
-        error: 1,
-    }
-}
-
-#[test]
-fn instance_seconds_integrate_what_runs() {
-    let counts = [
-        count(0.0, 0, 0, 0),
-        count(1.0, 1, 0, 0),
-        count(3.0, 1, 1, 1),
-        count(3.5, 0, 0, 0),
-        count(4.0, 0, 1, 0),
-        count(5.0, 0, 0, 0),
-    ];
-    assert_eq!(instance_seconds(&counts), 2.0 + 1.5 + 1.0);
-    assert_eq!(cold_starts(&counts), 2);
-    assert_eq!(instance_seconds(&[]), 0.0);
 }
