@@ -35,7 +35,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use indicatif::ProgressBar;
 use serde_json::json;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -46,12 +45,14 @@ use crate::tally::Answered;
 
 mod bound;
 mod buckets;
+mod progress;
 mod report;
 mod summary;
 mod trace;
 mod watch;
 
 use bound::{Job, least_instance_seconds};
+use progress::Progress;
 use summary::{Bounds, summarize};
 use trace::{Pace, Planned};
 use watch::{Watched, watch};
@@ -197,13 +198,20 @@ async fn run(
     version: &Version,
     plan: &[Planned],
 ) -> anyhow::Result<(Vec<Outcome>, Watched)> {
+    let progress = Progress::new(plan.len())?;
     client.deploy(version, &deployment(args)).await?;
     let start = Instant::now();
     let (stop, stopped) = oneshot::channel();
     let mut watcher = JoinSet::new();
-    watcher.spawn(watch(client.clone(), version.clone(), start, stopped));
+    watcher.spawn(watch(
+        client.clone(),
+        version.clone(),
+        start,
+        progress.clone(),
+        stopped,
+    ));
 
-    let outcomes = send_all(client, &version.function, plan, start).await;
+    let outcomes = send_all(client, &version.function, plan, start, &progress).await;
 
     // Scaling in takes a stable window, an idle time and a sampling period.
     let settle = (args.stable_window + args.scale_in_delay + args.idle_timeout)
@@ -213,10 +221,11 @@ async fn run(
     if args.min_instances == 0
         && let Err(error) = client.until_no_instances(&version.version, settle).await
     {
-        eprintln!("warning: {error:#}");
+        progress.warn(&format!("{error:#}"));
     }
     let _ = stop.send(());
     let watched = watcher.join_next().await.context("nobody watched")??;
+    progress.end();
     Ok((outcomes, watched))
 }
 
@@ -225,9 +234,8 @@ async fn send_all(
     function: &str,
     plan: &[Planned],
     start: Instant,
+    progress: &Progress,
 ) -> Vec<Outcome> {
-    // Draws nothing where stderr is no terminal.
-    let bar = ProgressBar::new(plan.len() as u64);
     let function: Arc<str> = function.into();
     let mut calls = JoinSet::new();
     for planned in plan {
@@ -237,12 +245,10 @@ async fn send_all(
             Arc::clone(&function),
             planned.clone(),
             start,
-            bar.clone(),
+            progress.clone(),
         ));
     }
-    let outcomes = calls.join_all().await;
-    bar.finish_and_clear();
-    outcomes
+    calls.join_all().await
 }
 
 async fn send(
@@ -250,12 +256,13 @@ async fn send(
     function: Arc<str>,
     planned: Planned,
     start: Instant,
-    bar: ProgressBar,
+    progress: Progress,
 ) -> Outcome {
     let ms = planned.service.as_secs_f64() * 1e3;
     let path = format!("/infer?ms={ms:.3}&bytes={}", planned.bytes);
+    progress.sent();
     let answer = Client::answered(client.invoke(&function, &path)).await;
-    bar.inc(1);
+    progress.answered();
     Outcome {
         due: planned.at,
         answer,

@@ -7,6 +7,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior};
 
+use super::progress::Progress;
 use crate::client::{Client, Version};
 
 pub(super) const SAMPLE_EVERY: Duration = Duration::from_millis(100);
@@ -51,6 +52,7 @@ pub(super) async fn watch(
     client: Client,
     version: Version,
     start: Instant,
+    progress: Progress,
     mut stopped: oneshot::Receiver<()>,
 ) -> Watched {
     let mut watched = Watched::default();
@@ -81,6 +83,10 @@ pub(super) async fn watch(
         if let Ok(depth) = depth {
             watched.queue.push(Depth { at, depth });
         }
+        progress.seen(
+            watched.counts.last().copied().unwrap_or_default(),
+            watched.queue.last().copied().unwrap_or_default(),
+        );
         if last {
             return watched;
         }
