@@ -45,6 +45,7 @@ use crate::tally::Answered;
 
 mod bound;
 mod buckets;
+mod plot;
 mod progress;
 mod report;
 mod summary;
@@ -102,6 +103,9 @@ pub struct ReplayArgs {
     /// Write the figures and all that was seen here; --help says what that is
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Draw arrivals, instances, queue and waits over time here
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
     #[command(flatten)]
     pub target: TargetArgs,
 }
@@ -161,6 +165,9 @@ pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
     };
     if let Some(path) = &args.json {
         write(path, serde_json::to_string_pretty(&summary)?)?;
+    }
+    if let Some(path) = &args.svg {
+        write(path, plot::draw(&summary))?;
     }
     println!("{}", report::render(&summary));
     let failed = summary.counted.failed();

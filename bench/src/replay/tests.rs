@@ -15,9 +15,11 @@ struct Cli {
 fn args(fake: &FakeWeir, directory: &Path, trace: &str) -> ReplayArgs {
     let file = |name: &str| directory.join(name).to_str().unwrap().to_owned();
     std::fs::write(file("trace.txt"), trace).unwrap();
-    let (trace, json) = (file("trace.txt"), file("summary.json"));
-    let flags = ["replay", &trace, "--speed", "20", "--json", &json];
-    let target = ["--url", &fake.url, "--admin", &fake.url, "--key", "secret"];
+    let (trace, json, svg) = (file("trace.txt"), file("summary.json"), file("plot.svg"));
+    let flags = ["replay", &trace, "--speed", "20", "--json", &json, "--svg"];
+    let target = [
+        &svg, "--url", &fake.url, "--admin", &fake.url, "--key", "secret",
+    ];
     let flags = flags.into_iter().chain(target);
     Cli::try_parse_from(flags).unwrap().replay
 }
@@ -64,6 +66,10 @@ async fn a_replay_asks_for_what_it_needs_and_cleans_up() {
     let buckets = summary["buckets"].as_array().unwrap();
     let arrivals = buckets.iter().filter_map(|b| b["arrivals"].as_u64());
     assert_eq!(arrivals.sum::<u64>(), 3);
+
+    let plot = std::fs::read_to_string(directory.path().join("plot.svg")).unwrap();
+    let plot = roxmltree::Document::parse(&plot).unwrap();
+    assert!(plot.root_element().has_tag_name("svg"));
 }
 
 #[tokio::test]
