@@ -6,12 +6,13 @@
 //! streams, [`account`] writes down how it ended, to [`metrics`], [`access_log`] and [`trace`], [`activity`] times
 //! connections, [`tls`] has their certificates. [`refusal`] is every answer of Weir's own.
 //!
-//! [`args`] is what the command line says, [`serve`] joins the parts into a
+//! [`admin`] is the other listener. [`args`] is what the command line says, [`serve`] joins the parts into a
 //! running process, [`cli`] is every other command.
 
 pub mod access_log;
 pub mod account;
 pub mod activity;
+pub mod admin;
 pub mod args;
 pub mod body;
 pub mod cli;

@@ -1,6 +1,9 @@
 //! The one binary: reads the command line and runs the command.
 
-use std::{io::IsTerminal, process::ExitCode};
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+};
 
 use tracing_subscriber::EnvFilter;
 use weir_proxy::{
@@ -15,7 +18,8 @@ fn main() -> ExitCode {
             EnvFilter::try_from_env("WEIR_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
         )
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
+        .with_writer(|| Unfailing(std::io::stderr()))
+        .log_internal_errors(false)
         .init();
     let outcome = match args.command {
         Command::Serve(args) => serve::serve(&args),
@@ -33,6 +37,20 @@ fn main() -> ExitCode {
         cli::complain(&error);
         ExitCode::FAILURE
     })
+}
+
+/// A log that can't be written, since its reader is gone or its disk is full, is no reason to stop serving.
+struct Unfailing<W>(W);
+
+impl<W: Write> Write for Unfailing<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        _ = self.0.write_all(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        _ = self.0.flush();
+        Ok(())
+    }
 }
 
 fn on_a_runtime(

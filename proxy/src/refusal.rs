@@ -61,6 +61,14 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// For HTTP where TLS is asked for.
+    #[must_use]
+    pub fn without_tls() -> Self {
+        let why =
+            "This port speaks TLS. Use https://, and make a new key if one was sent in the clear.";
+        Self::BadRequest(why.into())
+    }
+
     /// The stable code.
     #[must_use]
     pub fn code(&self) -> &'static str {

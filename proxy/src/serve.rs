@@ -17,7 +17,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     runtime,
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -36,6 +36,7 @@ use weir_control::{
 
 use crate::{
     access_log::AccessLog,
+    admin::Admin,
     args::{self, Auth, ServeArgs},
     core::{Core, Keys, RetryBudget, Settings, Stopping},
     limit::Limits,
@@ -197,19 +198,25 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         max_functions: args.limits.max_functions.get(),
     });
     let router = api::router(context).merge(health_routes(observed, stopping.clone()));
-    let admin = tokio::net::TcpListener::from_std(admin)?;
     let least = args.tls.tls_min_version;
     let admin_scheme = scheme(admin_certificates.as_ref());
-    let mut administration = match admin_certificates {
-        None => tokio::spawn(axum::serve(admin, router).into_future()),
-        Some(certificates) => {
-            let failed = process.handshakes_failed(Listener::Admin).clone();
-            let limit = args.limits.head_timeout.0;
-            let acceptor = tls::acceptor(certificates, least)?;
-            let admin = tls::Secured::new(admin, acceptor, limit, failed);
-            tokio::spawn(axum::serve(admin, router).into_future())
-        }
+    let admin_tls = admin_certificates.map(|certificates| tls::acceptor(certificates, least));
+    let administration = Admin {
+        router,
+        tls: admin_tls.transpose()?,
+        head_timeout: args.limits.head_timeout.0,
+        idle_timeout: args.limits.idle_timeout.0,
+        handshakes_failed: process.handshakes_failed(Listener::Admin).clone(),
     };
+    let (ended_sender, administration_ended) = oneshot::channel();
+    let admin_runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    thread::Builder::new().name("admin".into()).spawn(move || {
+        let ended = admin_runtime.block_on(administration.serve(admin));
+        // Without a listener Weir is stopping.
+        _ = ended_sender.send(ended);
+    })?;
 
     let log = access_log(args, &process)?;
     let traces = match args.traces_endpoint()? {
@@ -301,7 +308,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         ended = controlling => Some(format!("the controller ended: {ended:?}")),
         ended = upkeep => Some(format!("the metrics' task ended: {ended:?}")),
         ended = accepting => Some(format!("the data listener ended: {ended:?}")),
-        ended = &mut administration => Some(format!("the admin listener ended: {ended:?}")),
+        ended = administration_ended => Some(format!("the admin listener ended: {ended:?}")),
     };
     if let Some(why) = &broken {
         tracing::error!("{why}");
@@ -336,7 +343,6 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         timeout(FLUSH, log.flush()),
         traces.close(left.clamp(FLUSH, 5 * FLUSH)),
     );
-    administration.abort();
     Ok(if broken.is_some() {
         ExitCode::FAILURE
     } else {

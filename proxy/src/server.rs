@@ -344,10 +344,16 @@ where
 }
 
 /// The answer to a head of HTTP/1 that can't be read, after which the connection closes.
-fn unreadable(status: u16) -> Vec<u8> {
+pub fn unreadable(status: u16) -> Vec<u8> {
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST);
-    let request_id = Uuid::now_v7();
-    let mut response = Refusal::Unreadable(status).response(request_id);
+    raw(&Refusal::Unreadable(status))
+}
+
+/// A refusal as it goes over the wire where no request is served, after which the connection closes.
+#[must_use]
+pub fn raw(refusal: &Refusal) -> Vec<u8> {
+    let (status, request_id) = (refusal.status(), Uuid::now_v7());
+    let mut response = refusal.response(request_id);
     headers::mark(response.headers_mut(), request_id, status, false);
     let mut answer = format!(
         "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}\r\n",
@@ -440,10 +446,7 @@ async fn answer(
 fn secured(scheme: Scheme) -> Result<(), Refusal> {
     match scheme {
         Scheme::Http | Scheme::Https => Ok(()),
-        Scheme::HttpOnTls => Err(Refusal::BadRequest(
-            "This port speaks TLS. Use https://, and make a new key if one was sent in the clear."
-                .into(),
-        )),
+        Scheme::HttpOnTls => Err(Refusal::without_tls()),
     }
 }
 

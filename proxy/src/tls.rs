@@ -7,7 +7,7 @@
 //! keeps what it was opened with; a new one gets what is there.
 
 use std::{
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
@@ -24,11 +24,10 @@ use rustls::{
     version::{TLS12, TLS13},
 };
 use tokio::{
-    net::{TcpListener, TcpStream},
-    task::{JoinSet, spawn_blocking},
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    task::spawn_blocking,
+    time::{MissedTickBehavior, interval},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 
 use crate::args::TlsVersion;
 
@@ -215,72 +214,3 @@ pub fn acceptor(certificates: Arc<Certificates>, least: TlsVersion) -> anyhow::R
 
 /// What every TLS connection begins with; no HTTP head can.
 pub const HANDSHAKE: u8 = 22;
-
-/// The admin listener over TLS. Handshakes go on side by side, so that a slow one holds nobody up.
-pub struct Secured {
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    limit: Duration,
-    handshakes: JoinSet<Option<(TlsStream<TcpStream>, std::net::SocketAddr)>>,
-    failed: metrics::Counter,
-}
-
-impl Secured {
-    #[must_use]
-    pub fn new(
-        listener: TcpListener,
-        acceptor: TlsAcceptor,
-        limit: Duration,
-        failed: metrics::Counter,
-    ) -> Self {
-        Self {
-            listener,
-            acceptor,
-            limit,
-            handshakes: JoinSet::new(),
-            failed,
-        }
-    }
-}
-
-impl axum::serve::Listener for Secured {
-    type Io = TlsStream<TcpStream>;
-    type Addr = std::net::SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            tokio::select! {
-                accepted = self.listener.accept() => match accepted {
-                    Ok((stream, peer)) => {
-                        _ = stream.set_nodelay(true);
-                        let (handshake, limit) = (self.acceptor.accept(stream), self.limit);
-                        let failed = self.failed.clone();
-                        self.handshakes.spawn(async move {
-                            match timeout(limit, handshake).await {
-                                Ok(Ok(stream)) => Some((stream, peer)),
-                                Ok(Err(_)) | Err(_) => {
-                                    failed.increment(1);
-                                    None
-                                }
-                            }
-                        });
-                    }
-                    Err(error) => {
-                        // Out of descriptors, most likely: wait for some to come back instead of spinning.
-                        tracing::warn!(%error, "could not accept a connection");
-                        sleep(Duration::from_millis(50)).await;
-                    }
-                },
-                Some(done) = self.handshakes.join_next() => {
-                    if let Ok(Some(secured)) = done {
-                        return secured;
-                    }
-                }
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<Self::Addr> {
-        self.listener.local_addr()
-    }
-}

@@ -113,7 +113,7 @@ async fn members_of_a_wrong_type_or_value_are_named() {
         endpoints | ["http://10.0.0.5:80"] | can't be given together with endpoints: choose one
         health | [] | health: has to be an object, not a list
         health.timeout | null | health.timeout: is needed
-        health.timeout | "10s" | health.timeout: '10s' & such as PT1M30S
+        health.timeout | "10s" | health.timeout: '10s' & write PT10S
         health.timeout | "PT0S" | health.timeout: has to be above 0
         health.timeout | 10 | health.timeout: has to be a string, not 10
         health.expectedStatusCode | 99 | health.expectedStatusCode: has to be 100 to 599

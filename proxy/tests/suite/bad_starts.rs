@@ -59,7 +59,7 @@ async fn wrong_command_lines_end_with_2_and_a_hint() {
         serve --auth none --listen 0.0.0.0:1 | loopback & --listen is 0.0.0.0:1 & leave --auth out
         serve --auth none --admin [::]:1 | loopback & --admin is [::]:1
         serve --auth maybe | 'maybe' & keys, none
-        serve --grace 15s | --grace & '15s' & such as PT1M30S
+        serve --grace 15s | --grace & '15s' & write PT15S
         serve --grace=-PT1S | --grace & is negative
         serve --drain-delay P1M | --drain-delay & years or months & use days
         serve --head-timeout PT0S | --head-timeout & longer than nothing
@@ -76,8 +76,8 @@ async fn wrong_command_lines_end_with_2_and_a_hint() {
     ";
     const FILES: &str = "
         lisen = 'x' | unknown key 'lisen' & did you mean 'listen'?
-        grace = '5s' | --grace & '5s' & such as PT1M30S
-        cores = 1.5 | 'cores' must be a string, a number
+        grace = '5s' | --grace & '5s' & write PT5S
+        cores = 1.5 | must be a whole number
         cores = -1 | --cores & whole number of at least 1
         [serve] | unknown key 'serve' & there are listen
         listen | line 1
@@ -127,7 +127,7 @@ async fn clients_say_why_they_fail() {
     ends(
         at(&["invoke", "nobody"], key),
         1,
-        &["'nobody'", "weir function list"],
+        &["'nobody'", "`weir apply`"],
     )
     .await;
     ends(at(&["logs", absent], key), 1, &["404", absent]).await;
@@ -147,7 +147,7 @@ async fn clients_say_why_they_fail() {
     ends(
         weir(&["function", "list", "--admin-url", &url]),
         1,
-        &["is `weir serve` running?", &url],
+        &["start a server with `weir serve`", &url],
     )
     .await;
 }

@@ -6,6 +6,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
     time::{Instant, timeout},
 };
 
@@ -138,4 +139,17 @@ async fn an_account_has_a_largest_number_of_functions() {
     assert_eq!(second.status(), StatusCode::BAD_REQUEST);
     let problem: Value = second.json().await.unwrap();
     assert!(problem.to_string().contains('1'), "{problem}");
+}
+
+#[tokio::test]
+async fn the_admin_listener_has_the_time_limits_too() {
+    let server = Server::with(&["--head-timeout", "PT0.5S"]);
+    let mut slow = TcpStream::connect(server.admin).await.unwrap();
+    slow.write_all(b"GET /readyz HTTP/1.1\r\nho").await.unwrap();
+    assert_eq!(rest(&mut slow).await, "");
+    let mut unreadable = TcpStream::connect(server.admin).await.unwrap();
+    unreadable.write_all(b"nonsense\r\n\r\n").await.unwrap();
+    let text = rest(&mut unreadable).await;
+    assert!(text.starts_with("HTTP/1.1 400 "), "{text}");
+    assert!(text.contains("nvcf-reqid: "), "{text}");
 }
