@@ -344,6 +344,7 @@ impl Controller {
                         Err(NoneFree) => break,
                     };
                     let instance = InstanceId::random();
+                    tracing::debug!(version = %deployment.version, %instance, "an instance is to start");
                     scaling.order.push(instance);
                     scaling.asked.insert(
                         instance,

@@ -153,6 +153,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             controller.run().await
         })
     };
+    let control = controlling.abort_handle();
     let heard = coordination.signals();
     let taking_part = tokio::spawn(take_part(member, agent.clone(), reports, signals, heard));
     let mut shown = Vec::new();
@@ -337,6 +338,8 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     stop.send_replace(Stopping::Now);
     _ = timeout(Duration::from_secs(2), done.recv()).await;
     drop(joiner);
+    // First: it would start anew what the agent stops, and a closing agent answers that it is gone.
+    control.abort();
     let left = grace_over.saturating_duration_since(Instant::now());
     _ = tokio::join!(
         timeout(Duration::from_secs(15), agent.shutdown()),

@@ -23,6 +23,7 @@ mod logs;
 mod metrics;
 mod passing;
 mod restart;
+mod scaling;
 mod states;
 mod stopping;
 mod storm;

@@ -154,6 +154,11 @@ impl Server {
         eventually("weir ends", SOON, async || self.child.try_wait().unwrap()).await
     }
 
+    /// What it said so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
     }
@@ -457,6 +462,7 @@ fn launch(
         .args(["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
         .args(["--instance-user", &user()])
         .env("WEIR_ACCESS_LOG", "off")
+        .env("WEIR_LOG", "info,weir_control::controller=debug")
         .arg("--instance-ports")
         .arg(format!("{first_port}-{last_port}"))
         .arg("--data-dir")
