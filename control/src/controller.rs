@@ -19,20 +19,24 @@ use jiff::Timestamp;
 use serde::Serialize;
 use tokio::{
     sync::broadcast,
+    task::JoinHandle,
     time::{Instant, sleep_until},
 };
 
 use crate::{
     agent::{Agent, Assignment},
     coordination::{self, Coordination, CoordinationError},
-    directory::{Directory, VersionView, record},
+    directory::{Directory, VersionView, decode, record},
     model::{
         AutoscalingPolicy, Deployment, DeploymentId, FunctionId, GpuSpecificationId, InstanceId,
         InstanceState, Launch, VersionId,
     },
     scale::{self, Decision, History, Observed, Sample, Settings},
-    store::{Change, Expect, Partition, Store},
+    store::{Change, Expect, Partition, Store, StoreError},
 };
+
+#[cfg(test)]
+mod tests;
 
 /// The slots that the data plane gives out.
 pub trait Slots: Send + Sync + 'static {
@@ -129,6 +133,8 @@ struct Scaling {
     order: Vec<InstanceId>,
     next_look: Option<Instant>,
     draining_since: Option<Instant>,
+    /// The drained deployment's record is being removed. Not awaited: it may take as long as a disk does.
+    removal: Option<JoinHandle<()>>,
 }
 
 impl Scaling {
@@ -142,6 +148,7 @@ impl Scaling {
             order: Vec::new(),
             next_look: None,
             draining_since: None,
+            removal: None,
         }
     }
 }
@@ -188,7 +195,7 @@ impl Controller {
             self.directory.views().iter().map(|view| view.id).collect();
         loop {
             for function in due.drain() {
-                self.look(function).await;
+                self.look(function);
             }
             let next = self.scalings.values().filter_map(|s| s.next_look).min();
             let tick =
@@ -253,7 +260,7 @@ impl Controller {
     }
 
     /// Decides anew for every version of a function, and acts.
-    async fn look(&mut self, function: FunctionId) {
+    fn look(&mut self, function: FunctionId) {
         let view = self.directory.view(function);
         let versions: &[VersionView] = view.as_ref().map_or(&[], |view| &view.versions);
         let current: HashSet<DeploymentId> = versions
@@ -262,7 +269,7 @@ impl Controller {
             .collect();
         for version in versions {
             match &version.deployment {
-                Some(deployment) if deployment.undeploying => self.drain(version, deployment).await,
+                Some(deployment) if deployment.undeploying => self.drain(deployment),
                 Some(deployment) => self.scale(version, deployment),
                 None => {}
             }
@@ -395,7 +402,7 @@ impl Controller {
     }
 
     /// A graceful undeploy: no new work comes; when nothing waits or runs, or the time is over, the record goes.
-    async fn drain(&mut self, view: &VersionView, deployment: &Arc<Deployment>) {
+    fn drain(&mut self, deployment: &Arc<Deployment>) {
         let settings = settings_of(deployment);
         let scaling = self
             .scalings
@@ -410,31 +417,34 @@ impl Controller {
             scaling.next_look = Some(Instant::now() + DRAIN_LOOK);
             return;
         }
+        // Where the removal fails, another look comes in a second.
         scaling.next_look = Some(Instant::now() + Duration::from_secs(1));
-        let key = record::deployment(deployment.function, deployment.version);
-        let partition = Partition::of(deployment.function);
-        let outcome = async {
-            let Some(found) = self.store.get(partition, &key).await? else {
-                return Ok(());
-            };
-            let expect = Expect::Revision(found.revision);
-            self.store
-                .commit(
-                    partition,
-                    vec![Change {
-                        key,
-                        expect,
-                        value: None,
-                    }],
-                )
-                .await
-                .map(drop)
-        };
-        if let Err(error) = outcome.await {
-            // Another look comes in a second.
-            tracing::warn!(version = %view.version.id, %error, "a drained deployment could not be removed");
+        if scaling.removal.as_ref().is_none_or(JoinHandle::is_finished) {
+            let (store, deployment) = (self.store.clone(), deployment.clone());
+            scaling.removal = Some(tokio::spawn(async move {
+                if let Err(error) = remove_drained(&*store, &deployment).await {
+                    tracing::warn!(version = %deployment.version, %error, "a drained deployment could not be removed");
+                }
+            }));
         }
     }
+}
+
+/// Removes the record of this deployment, and of no other that the version got meanwhile.
+async fn remove_drained(store: &dyn Store, drained: &Deployment) -> Result<(), StoreError> {
+    let key = record::deployment(drained.function, drained.version);
+    let partition = Partition::of(drained.function);
+    let Some(found) = store.get(partition, &key).await? else {
+        return Ok(());
+    };
+    let stored: Deployment = decode(&key, &found.value)?;
+    if stored.id != drained.id {
+        return Ok(());
+    }
+    let expect = Expect::Revision(found.revision);
+    let value = None;
+    let removal = Change { key, expect, value };
+    store.commit(partition, vec![removal]).await.map(drop)
 }
 
 fn settings_of(deployment: &Deployment) -> Settings {
