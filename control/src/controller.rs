@@ -452,7 +452,9 @@ fn settings_of(deployment: &Deployment) -> Settings {
     Settings {
         policy: match autoscaling.policy {
             AutoscalingPolicy::Concurrency => scale::Policy::Concurrency,
-            AutoscalingPolicy::NvcfStep => scale::Policy::NvcfStep(scale::Steps::default()),
+            AutoscalingPolicy::NvcfStep => {
+                scale::Policy::NvcfStep(scale::Steps::of(&deployment.autoscaling_configuration()))
+            }
         },
         target_utilization: autoscaling.target_utilization,
         stable_window: autoscaling.stable_window.0,

@@ -268,6 +268,13 @@ pub struct GpuSpecification {
 }
 
 impl GpuSpecification {
+    /// Its `autoscalingConfiguration`, where it was given one.
+    #[must_use]
+    pub fn autoscaling_configuration(&self) -> Option<AutoscalingConfiguration> {
+        let kept = self.kept.get("autoscalingConfiguration")?;
+        AutoscalingConfiguration::deserialize(kept).ok()
+    }
+
     /// Devices for each instance: the `_<n>x` at the end of `instanceType`, else 1; none for `gpu: "none"`.
     #[must_use]
     pub fn gpus_per_instance(&self) -> u32 {
@@ -279,6 +286,33 @@ impl GpuSpecification {
             .and_then(|(_, n)| n.strip_suffix('x')?.parse().ok())
             .unwrap_or(1)
     }
+}
+
+/// NVCF's `autoscalingConfiguration`, as the policy `nvcf-step` reads it.
+#[derive(Clone, PartialEq, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AutoscalingConfiguration {
+    pub scale_up_details: Option<StepDetails>,
+    pub scale_down_details: Option<StepDetails>,
+}
+
+/// One direction of it.
+#[derive(Clone, PartialEq, Debug, Deserialize)]
+pub struct StepDetails {
+    #[serde(default)]
+    pub metric: Option<String>,
+    pub factor: f64,
+    /// In percent of the instances' slots.
+    pub threshold: u64,
+    #[serde(default)]
+    pub stickiness: Option<StickinessDetails>,
+}
+
+/// The threshold was passed for so much of the last `size`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+pub struct StickinessDetails {
+    pub size: IsoDuration,
+    pub threshold: IsoDuration,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
@@ -400,6 +434,14 @@ impl Deployment {
             .iter()
             .map(|s| s.max_instances)
             .fold(0, u32::saturating_add)
+    }
+    /// A version scales as one: what one specification says holds for all of them.
+    #[must_use]
+    pub fn autoscaling_configuration(&self) -> AutoscalingConfiguration {
+        let mut specifications = self.specifications.iter();
+        specifications
+            .find_map(GpuSpecification::autoscaling_configuration)
+            .unwrap_or_default()
     }
 }
 

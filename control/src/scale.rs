@@ -46,11 +46,15 @@
 //! NVCF's steps: with `utilization = 100 * stable average / (instances * concurrency)`, above `up_threshold`
 //! `ceil(n * up_factor)`, below `down_threshold` `max(1, floor(n * down_factor))`. NVCF takes a step each
 //! cycle of 15 to 30 s; here the next step up is taken when the instances of the last one have started.
-//! Waking, `idle_timeout`, `scale_in_delay` and the bounds are as above.
+//! A step with a stickiness `{size, threshold}` is taken when the utilization was beyond its threshold in
+//! `threshold` of the last `size` minutes, each judged by its last decision, since the number of instances
+//! last changed. Waking, `idle_timeout`, `scale_in_delay` and the bounds are as above.
 
 use std::{collections::VecDeque, fmt, time::Duration};
 
 use serde::Serialize;
+
+use crate::model::{AutoscalingConfiguration, IsoDuration, StickinessDetails};
 
 pub use history::{History, Sample};
 
@@ -135,8 +139,17 @@ pub enum Policy {
 pub struct Steps {
     pub up_threshold: f64,
     pub up_factor: f64,
+    pub up_stickiness: Option<Stickiness>,
     pub down_threshold: f64,
     pub down_factor: f64,
+    pub down_stickiness: Option<Stickiness>,
+}
+
+/// How much of the last time a threshold must have been passed in, in minutes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stickiness {
+    pub size: u64,
+    pub threshold: u64,
 }
 
 impl Default for Steps {
@@ -144,8 +157,38 @@ impl Default for Steps {
         Steps {
             up_threshold: 70.0,
             up_factor: 1.2,
+            up_stickiness: None,
             down_threshold: 30.0,
             down_factor: 0.8,
+            down_stickiness: None,
+        }
+    }
+}
+
+impl Steps {
+    /// What is left out is as NVCF has it.
+    #[must_use]
+    pub fn of(configuration: &AutoscalingConfiguration) -> Self {
+        let mut steps = Self::default();
+        if let Some(up) = &configuration.scale_up_details {
+            (steps.up_threshold, steps.up_factor) = (up.threshold as f64, up.factor);
+            steps.up_stickiness = up.stickiness.map(Stickiness::of);
+        }
+        if let Some(down) = &configuration.scale_down_details {
+            (steps.down_threshold, steps.down_factor) = (down.threshold as f64, down.factor);
+            steps.down_stickiness = down.stickiness.map(Stickiness::of);
+        }
+        steps
+    }
+}
+
+impl Stickiness {
+    /// Begun minutes count as whole ones.
+    fn of(details: StickinessDetails) -> Self {
+        let minutes = |duration: IsoDuration| duration.0.as_secs().div_ceil(60);
+        Self {
+            size: minutes(details.size),
+            threshold: minutes(details.threshold),
         }
     }
 }
@@ -170,6 +213,7 @@ pub struct State {
     /// When the version was last scaled from zero: averages reach no further back.
     woken: Option<Duration>,
     last_desired: Option<u32>,
+    passed: Passed,
 }
 
 impl State {
@@ -348,7 +392,14 @@ pub fn decide(
             }
             Policy::NvcfStep(steps) => {
                 state.panic = None;
-                step(settings, steps, observed, stable_average)
+                step(
+                    settings,
+                    steps,
+                    observed,
+                    stable_average,
+                    &mut state.passed,
+                    now,
+                )
             }
         }
     };
@@ -442,20 +493,78 @@ fn panic(
     Some(panic)
 }
 
-fn step(settings: &Settings, steps: Steps, observed: Observed, average: f64) -> (u32, Reason) {
+fn step(
+    settings: &Settings,
+    steps: Steps,
+    observed: Observed,
+    average: f64,
+    passed: &mut Passed,
+    now: Duration,
+) -> (u32, Reason) {
     let running = observed.ready.saturating_add(observed.starting);
     let count = f64::from(running.max(1));
     let utilization = 100.0 * average / (count * settings.slots());
+    if running != passed.of {
+        *passed = Passed {
+            of: running,
+            ..Passed::default()
+        };
+    }
+    let (above, below) = (
+        utilization > steps.up_threshold,
+        utilization < steps.down_threshold,
+    );
+    let up = passed.up.stuck(above, steps.up_stickiness, now);
+    let down = passed.down.stuck(below, steps.down_stickiness, now);
     if running == 0 {
         (0, Reason::Steady)
-    } else if utilization > steps.up_threshold && observed.starting == 0 {
+    } else if up && observed.starting == 0 {
         let up = (count * steps.up_factor - ROUNDING).ceil() as u32;
         (up.max(running), Reason::StepUp)
-    } else if utilization < steps.down_threshold {
+    } else if down && !up {
         let down = (count * steps.down_factor + ROUNDING).floor() as u32;
         (down.clamp(1, running), Reason::StepDown)
     } else {
         (running, Reason::Steady)
+    }
+}
+
+/// The minutes in which a threshold was passed, with one number of instances.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Passed {
+    of: u32,
+    up: Minutes,
+    down: Minutes,
+}
+
+/// Minutes that ended beyond a threshold, oldest first.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Minutes {
+    ended: VecDeque<u64>,
+    /// The minute of the last decision, and how it stood then.
+    last: (u64, bool),
+}
+
+impl Minutes {
+    /// Whether the threshold was passed for long enough; without stickiness, whether it is now.
+    fn stuck(&mut self, passed: bool, stickiness: Option<Stickiness>, now: Duration) -> bool {
+        let Some(Stickiness { size, threshold }) = stickiness else {
+            *self = Self::default();
+            return passed;
+        };
+        let this = now.as_secs() / 60;
+        let (minute, stood) = std::mem::replace(&mut self.last, (this, passed));
+        if stood && minute != this {
+            self.ended.push_back(minute);
+        }
+        while self
+            .ended
+            .front()
+            .is_some_and(|minute| this.saturating_sub(*minute) > size)
+        {
+            self.ended.pop_front();
+        }
+        self.ended.len() as u64 >= threshold.max(1)
     }
 }
 

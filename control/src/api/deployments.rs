@@ -15,10 +15,11 @@ use super::{
 use crate::{
     directory::VersionView,
     model::{
-        Autoscaling, Deployment, DeploymentId, FunctionId, FunctionState, GpuSpecification,
-        GpuSpecificationId, InstanceState, IsoDuration, Launch, QueueSettings, Routing, Version,
-        VersionId, any_case,
+        Autoscaling, AutoscalingPolicy, Deployment, DeploymentId, FunctionId, FunctionState,
+        GpuSpecification, GpuSpecificationId, InstanceState, IsoDuration, Launch, QueueSettings,
+        Routing, Version, VersionId, any_case,
     },
+    scale::Steps,
     state::state_of,
 };
 
@@ -38,7 +39,8 @@ pub(crate) struct SpecificationRequest {
     max_instances: u32,
     /// Requests that one instance takes at once, 1 to 16384. Default: 1.
     max_request_concurrency: Option<u32>,
-    /// NVCF's `{scaleUpDetails, scaleDownDetails}`; kept, and used by the policy `nvcf-step`.
+    /// NVCF's `{scaleUpDetails, scaleDownDetails}`; kept, and used by the policy `nvcf-step`, for the version as a
+    /// whole: several specifications that have one have the same.
     #[schema(value_type = Option<Object>)]
     autoscaling_configuration: Option<Map<String, Value>>,
     /// Kept and echoed; can't be given together with `clusters`.
@@ -298,6 +300,46 @@ fn check_configuration(at: &str, configuration: &Map<String, Value>) -> Result<(
     Ok(())
 }
 
+/// What the policy `nvcf-step` can't do, where it would have to.
+fn check_steps(deployment: &Deployment) -> Result<(), Problem> {
+    let all = deployment.autoscaling_configuration();
+    for (at, spec) in deployment.specifications.iter().enumerate() {
+        let Some(configuration) = spec.autoscaling_configuration() else {
+            continue;
+        };
+        let at = format!("deploymentSpecifications[{at}].autoscalingConfiguration");
+        check(
+            configuration == all,
+            format!(
+                "{at}: a version scales as one: give it once, or the same to every specification"
+            ),
+        )?;
+        for details in [
+            &configuration.scale_up_details,
+            &configuration.scale_down_details,
+        ] {
+            let metric = details
+                .as_ref()
+                .and_then(|details| details.metric.as_deref());
+            check(
+                metric.is_none_or(|metric| metric.eq_ignore_ascii_case("utilization")),
+                format!(
+                    "{at}: the policy nvcf-step knows the metric 'utilization' alone: leave metric out"
+                ),
+            )?;
+        }
+        let steps = Steps::of(&configuration);
+        check(
+            steps.down_threshold <= steps.up_threshold,
+            format!(
+                "{at}: scaleDownDetails.threshold, {} (default 30), can't be above scaleUpDetails.threshold, {} (default 70)",
+                steps.down_threshold, steps.up_threshold
+            ),
+        )?;
+    }
+    Ok(())
+}
+
 impl SpecificationRequest {
     fn checked(self, at: usize) -> Result<GpuSpecification, Problem> {
         let at = format!("deploymentSpecifications[{at}]");
@@ -407,6 +449,9 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
         autoscaling.target_utilization > 0.0 && autoscaling.target_utilization <= 1.0,
         "autoscaling.targetUtilization: has to be above 0 and at most 1",
     )?;
+    if autoscaling.policy == AutoscalingPolicy::NvcfStep {
+        check_steps(deployment)?;
+    }
     for (name, duration) in [
         ("autoscaling.stableWindow", autoscaling.stable_window),
         ("autoscaling.panicWindow", autoscaling.panic_window),

@@ -235,6 +235,24 @@ async fn a_function_lives_and_goes() {
             .get("autoscalingConfiguration")
             .is_none()
     );
+    let step = |details: Value| {
+        let body = spec("autoscalingConfiguration", details);
+        with(body, "autoscaling", json!({"policy": "nvcf-step"}))
+    };
+    for (details, why) in [
+        (
+            json!({"scaleUpDetails": {"factor": 2, "threshold": 20}}),
+            "can't be above",
+        ),
+        (
+            json!({"scaleUpDetails": {"factor": 2, "threshold": 70, "metric": "latency"}}),
+            "utilization",
+        ),
+    ] {
+        weir.call(ADMIN, "PUT", &deployments, step(details))
+            .await
+            .problem(400, "bad-request", why);
+    }
     let put = with(
         spec("maxRequestConcurrency", json!(7)),
         "queue",

@@ -1,7 +1,5 @@
 //! A controller with a real agent, whose instances are endpoints of the test.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use async_trait::async_trait;
 use serde_json::json;
 use tempfile::TempDir;
@@ -70,12 +68,10 @@ impl Load for OneWaits {
 }
 
 /// Nothing is ever busy.
-#[derive(Default)]
-struct Idle(AtomicUsize);
+struct Idle;
 
 impl Slots for Idle {
     fn retire_if_idle(&self, _: VersionId, _: InstanceId) -> bool {
-        self.0.fetch_add(1, Ordering::Relaxed);
         true
     }
 }
@@ -129,6 +125,8 @@ struct Rig {
     directory: Arc<Directory>,
     member: Arc<dyn Member>,
     slow: Arc<Slow>,
+    /// What it would signal; where this ends, so does its part.
+    _own: mpsc::UnboundedSender<Signal>,
     _files: TempDir,
 }
 
@@ -162,12 +160,12 @@ impl Rig {
             report_sender,
         )
         .unwrap();
-        let (_, signals) = mpsc::unbounded_channel();
+        let (own, signals) = mpsc::unbounded_channel();
         let controller = Controller::new(
             slow.clone(),
             directory.clone(),
             coordination.clone(),
-            Arc::new(Idle::default()),
+            Arc::new(Idle),
             agent.clone(),
             Arc::new(Decisions::new(|_, _| ())),
         );
@@ -186,6 +184,7 @@ impl Rig {
             directory,
             member,
             slow,
+            _own: own,
             _files: files,
         }
     }

@@ -233,6 +233,93 @@ fn steps_go_up_hold_and_go_down() {
 }
 
 #[test]
+fn steps_are_those_of_the_configuration() {
+    let configuration = |text: &str| Steps::of(&serde_json::from_str(text).unwrap());
+    assert_eq!(configuration("{}"), Steps::default());
+    let given = configuration(
+        r#"{"scaleUpDetails": {"factor": 4, "threshold": 5},
+            "scaleDownDetails": {"factor": 0.5, "threshold": 1, "stickiness": {"size": "PT5M", "threshold": "PT2M30S"}}}"#,
+    );
+    let expected = Steps {
+        up_threshold: 5.0,
+        up_factor: 4.0,
+        up_stickiness: None,
+        down_threshold: 1.0,
+        down_factor: 0.5,
+        down_stickiness: Some(Stickiness {
+            size: 5,
+            threshold: 3,
+        }),
+    };
+    assert_eq!(given, expected);
+    // Half of the slots: nothing by NVCF's own numbers, and four times as many by these.
+    let decided = |steps| {
+        let settings = Settings {
+            policy: Policy::NvcfStep(steps),
+            ..settings()
+        };
+        let history = constant(&settings, 2, 0, 120);
+        let (decision, _) = decide(
+            &settings,
+            &history,
+            ready(1),
+            State::default(),
+            seconds(120.0),
+        );
+        (decision.desired, decision.reason)
+    };
+    assert_eq!(decided(Steps::default()), (1, Reason::Steady));
+    assert_eq!(decided(given), (4, Reason::StepUp));
+}
+
+#[test]
+fn a_sticky_step_waits_for_so_many_minutes() {
+    let settings = Settings {
+        policy: Policy::NvcfStep(Steps {
+            up_stickiness: Some(Stickiness {
+                size: 4,
+                threshold: 2,
+            }),
+            ..Steps::default()
+        }),
+        stable_window: seconds(10.0),
+        ..settings()
+    };
+    // By minutes: whether the load is beyond the threshold at their ends.
+    let steps = |minutes: &[bool]| {
+        let mut history = History::new(&settings);
+        let (mut state, mut area, mut steps) = (State::default(), 0.0, Vec::new());
+        for second in 0..minutes.len() as u32 * 60 {
+            let load = if minutes[second as usize / 60] {
+                15
+            } else {
+                10
+            };
+            area += f64::from(load);
+            history.push(Sample {
+                at: Duration::from_secs(second.into()),
+                area,
+                arrivals: 1,
+                in_system: load,
+                queued: 0,
+            });
+            let now = Duration::from_secs(second.into());
+            let (decision, next) = decide(&settings, &history, ready(5), state, now);
+            state = next;
+            if decision.reason == Reason::StepUp {
+                steps.push(second / 60);
+            }
+        }
+        steps.dedup();
+        steps
+    };
+    assert_eq!(steps(&[false, true, false, false, false]), [0_u32; 0]);
+    assert_eq!(steps(&[false, true, true, false]), [3]);
+    assert_eq!(steps(&[true, false, false, true, false]), [4]);
+    assert_eq!(steps(&[true, false, false, false, true, false]), [0_u32; 0]);
+}
+
+#[test]
 fn instances_spread_over_specifications() {
     assert_eq!(spread(0, &[(1, 2), (2, 5)]), [1, 2]);
     assert_eq!(spread(4, &[(1, 2), (2, 5)]), [2, 2]);
@@ -337,8 +424,13 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             Policy::NvcfStep(Steps {
                 up_threshold: a,
                 up_factor: b,
+                up_stickiness: None,
                 down_threshold: c,
                 down_factor: d,
+                down_stickiness: Some(Stickiness {
+                    size: 3,
+                    threshold: 2,
+                }),
             })
         }),
     ]
