@@ -359,6 +359,8 @@ async fn supervise(
         }
         Launch::Endpoints(_) => {
             endpoint::supervise(&node, &assignment, &mut record, &mut orders).await;
+            // It goes because it was asked to: that is no loss.
+            record.drain();
         }
     }
     assignment.instance

@@ -21,10 +21,10 @@ use tokio::sync::{broadcast, watch};
 use crate::{
     coordination::{self, CoordinationError},
     model::{
-        Account, AccountId, Deployment, FunctionId, FunctionState, Instance, InstanceId, Key,
-        KeyId, Sharing, Version, VersionId,
+        Account, AccountId, Deployment, DeploymentId, FunctionId, FunctionState, Instance,
+        InstanceId, InstanceState, Key, KeyId, Sharing, Version, VersionId,
     },
-    state::state_of,
+    state::{Past, state_of},
     store::{Cursor, Event, Partition, Store, StoreError, Watch},
 };
 
@@ -106,8 +106,17 @@ struct Parts {
     deployments: HashMap<VersionId, Arc<Deployment>>,
     sharing: HashMap<Option<VersionId>, Sharing>,
     instances: Vec<Instance>,
-    /// Deployments that have been ACTIVE.
-    reached: HashSet<crate::model::DeploymentId>,
+    /// What its deployments have been through.
+    pasts: HashMap<DeploymentId, Past>,
+}
+
+impl Parts {
+    /// A ready instance failed, or went without having drained.
+    fn lost(&mut self, deployment: DeploymentId) {
+        if let Some(past @ Past::Reached) = self.pasts.get_mut(&deployment) {
+            *past = Past::Lost;
+        }
+    }
 }
 
 /// See the module's head.
@@ -294,8 +303,8 @@ impl Directory {
         }
         let deployed: HashSet<_> = parts.deployments.values().map(|d| d.id).collect();
         parts
-            .reached
-            .retain(|deployment| deployed.contains(deployment));
+            .pasts
+            .retain(|deployment, _| deployed.contains(deployment));
         let mut versions: Vec<VersionView> = parts
             .versions
             .values()
@@ -307,10 +316,9 @@ impl Directory {
                     .filter(|i| i.function_version_id == version.id)
                     .cloned()
                     .collect();
-                let reached = deployment
-                    .as_ref()
-                    .is_some_and(|d| parts.reached.contains(&d.id));
-                let state = state_of(deployment.as_deref(), &instances, reached);
+                let past = deployment.as_ref().and_then(|d| parts.pasts.get(&d.id));
+                let past = past.copied().unwrap_or_default();
+                let state = state_of(deployment.as_deref(), &instances, past);
                 let shared_with = [Some(version.id), None]
                     .iter()
                     .filter_map(|level| parts.sharing.get(level))
@@ -328,7 +336,7 @@ impl Directory {
         versions.sort_by_key(|v| (v.version.created_at, v.version.id));
         for view in &versions {
             if let (FunctionState::Active, Some(deployment)) = (view.state, &view.deployment) {
-                parts.reached.insert(deployment.id);
+                parts.pasts.insert(deployment.id, Past::Reached);
             }
         }
         let account = versions[0].version.account.clone();
@@ -374,7 +382,17 @@ impl Directory {
         let mut all = self.parts();
         let parts = all.entry(function).or_default();
         match parts.instances.iter_mut().find(|i| i.id == instance.id) {
-            Some(known) => *known = instance,
+            Some(known) => {
+                let fails = matches!(
+                    instance.state,
+                    InstanceState::Starting | InstanceState::Error
+                );
+                let deployment = known.deployment_id;
+                let before = std::mem::replace(known, instance).state;
+                if before == InstanceState::Ready && fails {
+                    parts.lost(deployment);
+                }
+            }
             None => parts.instances.push(instance),
         }
         self.publish(function, &mut all);
@@ -386,8 +404,13 @@ impl Directory {
             .iter()
             .find_map(|(f, parts)| parts.instances.iter().any(|i| i.id == id).then_some(*f));
         if let Some(function) = function {
-            if let Some(parts) = all.get_mut(&function) {
-                parts.instances.retain(|i| i.id != id);
+            if let Some(parts) = all.get_mut(&function)
+                && let Some(at) = parts.instances.iter().position(|i| i.id == id)
+            {
+                let gone = parts.instances.remove(at);
+                if gone.state == InstanceState::Ready {
+                    parts.lost(gone.deployment_id);
+                }
             }
             self.publish(function, &mut all);
         }

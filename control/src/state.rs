@@ -3,13 +3,24 @@
 
 use crate::model::{Deployment, FunctionState, Instance, InstanceState};
 
-/// What a version's state is. `reached` says whether this deployment has been
-/// ACTIVE since its instances were last made anew; the caller keeps it.
+/// What a deployment has been through in this process; the caller keeps it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Past {
+    /// It has not been ACTIVE.
+    #[default]
+    New,
+    /// It has, and no ready instance failed or went unasked since it last was.
+    Reached,
+    /// It has, and one did.
+    Lost,
+}
+
+/// What a version's state is.
 #[must_use]
 pub fn state_of(
     deployment: Option<&Deployment>,
     instances: &[Instance],
-    reached: bool,
+    past: Past,
 ) -> FunctionState {
     let Some(deployment) = deployment else {
         return FunctionState::Inactive;
@@ -38,10 +49,11 @@ pub fn state_of(
     if enough {
         return FunctionState::Active;
     }
-    match (reached, any_ready) {
-        (false, _) => FunctionState::Deploying,
-        (true, true) => FunctionState::Degrading,
-        (true, false) => FunctionState::Degraded,
+    match past {
+        Past::New => FunctionState::Deploying,
+        Past::Lost if !any_ready => FunctionState::Degraded,
+        // More was asked for, and comes: who calls waits for it.
+        Past::Reached | Past::Lost => FunctionState::Degrading,
     }
 }
 
@@ -106,7 +118,7 @@ mod tests {
     }
 
     /// Every mix of up to three instances, for every minimum up to three, before and after the
-    /// first ACTIVE: the states against the sentences that define them.
+    /// first ACTIVE and a loss: the states against the sentences that define them.
     #[test]
     fn every_state_follows_its_definition() {
         use InstanceState::*;
@@ -125,21 +137,21 @@ mod tests {
             let deployment = deployment(&[min]);
             for mix in &mixes {
                 let count = |state| mix.iter().filter(|s| **s == state).count();
-                for reached in [false, true] {
-                    let got = state_of(Some(&deployment), &instances(&deployment, 0, mix), reached);
+                for past in [Past::New, Past::Reached, Past::Lost] {
+                    let got = state_of(Some(&deployment), &instances(&deployment, 0, mix), past);
                     let all_in_error = count(Error) > 0 && count(Ready) + count(Starting) == 0;
                     let expected = if all_in_error {
                         FunctionState::Error
                     } else if count(Ready) >= min as usize {
                         FunctionState::Active
-                    } else if !reached {
+                    } else if past == Past::New {
                         FunctionState::Deploying
-                    } else if count(Ready) > 0 {
+                    } else if count(Ready) > 0 || past == Past::Reached {
                         FunctionState::Degrading
                     } else {
                         FunctionState::Degraded
                     };
-                    assert_eq!(got, expected, "min {min}, {mix:?}, reached {reached}");
+                    assert_eq!(got, expected, "min {min}, {mix:?}, {past:?}");
                 }
             }
         }
@@ -149,10 +161,13 @@ mod tests {
     fn undeployed_and_undeploying_are_inactive() {
         let mut deployment = deployment(&[1]);
         let ready = instances(&deployment, 0, &[InstanceState::Ready]);
-        assert_eq!(state_of(None, &ready, true), FunctionState::Inactive);
+        assert_eq!(
+            state_of(None, &ready, Past::Reached),
+            FunctionState::Inactive
+        );
         deployment.undeploying = true;
         assert_eq!(
-            state_of(Some(&deployment), &ready, true),
+            state_of(Some(&deployment), &ready, Past::Reached),
             FunctionState::Inactive
         );
     }
@@ -166,13 +181,13 @@ mod tests {
             &[InstanceState::Ready, InstanceState::Ready],
         );
         assert_eq!(
-            state_of(Some(&deployment), &both_of_one, true),
+            state_of(Some(&deployment), &both_of_one, Past::Lost),
             FunctionState::Degrading
         );
         let mut one_each = instances(&deployment, 0, &[InstanceState::Ready]);
         one_each.extend(instances(&deployment, 1, &[InstanceState::Ready]));
         assert_eq!(
-            state_of(Some(&deployment), &one_each, false),
+            state_of(Some(&deployment), &one_each, Past::New),
             FunctionState::Active
         );
     }

@@ -1,12 +1,28 @@
 //! How many instances there are, as seen from outside.
 
+use reqwest::Method;
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     instance,
-    support::{SOON, Server, eventually, kill, pid, processes_with},
+    support::{
+        Function, SOON, Server, WEIR, answered, eventually, kill, pid, processes_with, text,
+    },
 };
+
+/// Changes the one specification of a deployment.
+async fn patch(server: &Server, function: &Function, change: Value) {
+    let deployed = server.get(&function.deployment()).await;
+    let deployment = &deployed["deployment"];
+    let path = format!(
+        "/v2/nvcf/deployments/{}/gpu-specifications/{}",
+        text(&deployment["deploymentId"]),
+        text(&deployment["deploymentSpecifications"][0]["gpuSpecificationId"])
+    );
+    let request = server.api(Method::PATCH, &path).json(&change);
+    assert!(request.send().await.unwrap().status().is_success());
+}
 
 #[tokio::test]
 async fn nothing_starts_anew_while_weir_stops() {
@@ -32,4 +48,26 @@ async fn nothing_starts_anew_while_weir_stops() {
     assert_eq!(server.exit().await.code(), Some(0));
     let starts = server.log().matches("an instance is to start").count();
     assert_eq!(starts, 2, "those that were there before");
+}
+
+#[tokio::test]
+async fn a_sleeping_version_takes_calls_while_a_raised_minimum_starts() {
+    let server = Server::start();
+    // It is there as soon as the test says so.
+    let gate = server.directory().join("gate");
+    let wait = format!(
+        "until [ -e {} ]; do sleep 0.01; done; exec {WEIR} sample-function",
+        gate.display()
+    );
+    let function = server.function(&["sh", "-c", &wait], &[]).await;
+    server.deploy(&function, (0, 1, 1), json!({})).await;
+    patch(&server, &function, json!({"minInstances": 1})).await;
+    assert_eq!(server.status(&function).await, "DEGRADING");
+    let call = server.call(Method::GET, &function, "/infer").send();
+    let (response, ()) = tokio::join!(call, async {
+        server.until_queued(&function, 1).await;
+        std::fs::write(&gate, "").unwrap();
+    });
+    answered(&response.unwrap());
+    server.ready(&function, 1).await;
 }
