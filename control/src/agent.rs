@@ -111,8 +111,10 @@ enum Command {
 }
 
 /// To one instance.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 enum Order {
+    /// Its deployment was changed.
+    Deployed(Arc<Deployment>),
     Drain,
     Stop,
     Suspect,
@@ -210,7 +212,7 @@ impl Agent {
         drop(self.commands.send(command));
     }
 
-    /// Starts an instance; one that runs already is left as it is.
+    /// Starts an instance; one that runs already takes up what the deployment says now.
     pub fn run(&self, assignment: Assignment) {
         self.tell(Command::Run(assignment));
     }
@@ -310,7 +312,9 @@ async fn serve(
                 }
                 Some(Command::Run(assignment)) => {
                     let id = assignment.instance;
-                    if running.contains_key(&id) {
+                    if let Some(orders) = running.get(&id) {
+                        // One that has just ended does not mind.
+                        drop(orders.send(Order::Deployed(assignment.deployment)));
                         continue;
                     }
                     let (orders, heard) = mpsc::unbounded_channel();
@@ -318,8 +322,9 @@ async fn serve(
                     tasks.spawn(supervise(Arc::clone(&node), assignment, heard, reports.clone()));
                 }
                 Some(Command::Order(id, order)) => {
+                    let stop = matches!(order, Order::Stop);
                     let heard = running.get(&id).is_some_and(|orders| orders.send(order).is_ok());
-                    if !heard && order == Order::Stop && !running.contains_key(&id) {
+                    if !heard && stop && !running.contains_key(&id) {
                         drop(reports.send(Report::Gone(id)));
                     }
                 }

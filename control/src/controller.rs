@@ -117,9 +117,23 @@ impl Decisions {
 struct Asked {
     specification: GpuSpecificationId,
     endpoint: Option<String>,
+    /// What its agent was last told.
+    deployment: Arc<Deployment>,
     stopping: bool,
     /// It was published. Before that its absence says nothing.
     published: bool,
+}
+
+impl Asked {
+    fn assignment(&self, instance: InstanceId, view: &VersionView) -> Assignment {
+        Assignment {
+            instance,
+            version: view.version.clone(),
+            deployment: self.deployment.clone(),
+            specification: self.specification,
+            endpoint: self.endpoint.clone(),
+        }
+    }
 }
 
 /// What is carried from one decision on a deployment to the next.
@@ -322,6 +336,14 @@ impl Controller {
         let desired = decision.desired;
         self.decisions.keep(deployment.version, decision);
 
+        // A changed deployment reaches the instances that run.
+        for (instance, asked) in &mut scaling.asked {
+            if !Arc::ptr_eq(&asked.deployment, deployment) {
+                asked.deployment = deployment.clone();
+                self.agent.run(asked.assignment(*instance, view));
+            }
+        }
+
         let limits: Vec<(u32, u32)> = deployment
             .specifications
             .iter()
@@ -352,23 +374,16 @@ impl Controller {
                     };
                     let instance = InstanceId::random();
                     tracing::debug!(version = %deployment.version, %instance, "an instance is to start");
-                    scaling.order.push(instance);
-                    scaling.asked.insert(
-                        instance,
-                        Asked {
-                            specification: specification.id,
-                            endpoint: endpoint.clone(),
-                            stopping: false,
-                            published: false,
-                        },
-                    );
-                    self.agent.run(Assignment {
-                        instance,
-                        version: view.version.clone(),
-                        deployment: deployment.clone(),
+                    let asked = Asked {
                         specification: specification.id,
                         endpoint,
-                    });
+                        deployment: deployment.clone(),
+                        stopping: false,
+                        published: false,
+                    };
+                    self.agent.run(asked.assignment(instance, view));
+                    scaling.order.push(instance);
+                    scaling.asked.insert(instance, asked);
                 }
             } else {
                 let surplus = live.len() - wanted;

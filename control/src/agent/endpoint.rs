@@ -172,6 +172,7 @@ pub(super) async fn supervise(
         let target = tokio::select! {
             order = orders.recv() => match order {
                 None | Some(Order::Stop) => return,
+                Some(Order::Deployed(now)) => { record.deployed(now); continue }
                 Some(Order::Drain) => { record.drain(); continue }
                 Some(Order::Suspect) => continue,
             },
@@ -189,6 +190,7 @@ pub(super) async fn supervise(
                     tokio::select! {
                         order = orders.recv() => match order {
                             None | Some(Order::Stop) => return,
+                            Some(Order::Deployed(now)) => record.deployed(now),
                             Some(Order::Drain) => record.drain(),
                             Some(Order::Suspect) => (),
                         },
@@ -201,9 +203,7 @@ pub(super) async fn supervise(
         failures = 0;
         record.instance.address = Some(target.address);
         record.tell();
-        if become_ready(assignment, record, orders, &target.check)
-            .await
-            .is_none()
+        if become_ready(record, orders, &target.check).await.is_none()
             || stay_ready(record, orders, &target.check).await.is_none()
         {
             return;
@@ -213,21 +213,17 @@ pub(super) async fn supervise(
 }
 
 /// None: stopped.
-async fn become_ready(
-    assignment: &Assignment,
-    record: &mut Record,
-    orders: &mut Orders,
-    check: &Check,
-) -> Option<()> {
-    let start_timeout = assignment.deployment.start_timeout;
+async fn become_ready(record: &mut Record, orders: &mut Orders, check: &Check) -> Option<()> {
     let started = Instant::now();
     let mut probes = Probes::new(check.clone(), started);
     let mut late = false;
     loop {
+        let start_timeout = record.deployment.start_timeout;
         tokio::select! {
             biased;
             order = orders.recv() => match order {
                 None | Some(Order::Stop) => return None,
+                Some(Order::Deployed(now)) => record.deployed(now),
                 Some(Order::Drain) => record.drain(),
                 Some(Order::Suspect) => (),
             },
@@ -254,6 +250,7 @@ async fn stay_ready(record: &mut Record, orders: &mut Orders, check: &Check) -> 
             biased;
             order = orders.recv() => match order {
                 None | Some(Order::Stop) => return None,
+                Some(Order::Deployed(now)) => record.deployed(now),
                 Some(Order::Drain) => record.drain(),
                 Some(Order::Suspect) => watch.suspect(),
             },

@@ -132,6 +132,7 @@ impl Process<'_> {
                 biased;
                 order = self.orders.recv() => match order {
                     None | Some(Order::Stop) => return None,
+                    Some(Order::Deployed(now)) => self.record.deployed(now),
                     Some(Order::Drain) => {
                         self.record.drain();
                         return None;
@@ -298,15 +299,16 @@ impl Process<'_> {
         owner: Owner,
         started: Instant,
     ) -> Outcome {
-        let start_timeout = self.assignment.deployment.start_timeout;
         let mut probes = Probes::new(check.clone(), started);
         let mut asking: Option<JoinHandle<(u16, Holder)>> = None;
         loop {
+            let start_timeout = self.record.deployment.start_timeout;
             tokio::select! {
                 biased;
                 status = child.wait() => return Outcome::Exited(status),
                 order = self.orders.recv() => match order {
                     None | Some(Order::Stop) => return Outcome::Stopped,
+                    Some(Order::Deployed(now)) => self.record.deployed(now),
                     Some(Order::Drain) => {
                         // Never ready, so nobody waits for it to finish anything.
                         if self.record.instance.first_healthy_at.is_none() {
@@ -348,6 +350,7 @@ impl Process<'_> {
                 status = child.wait() => return Outcome::Exited(status),
                 order = self.orders.recv() => match order {
                     None | Some(Order::Stop) => return Outcome::Stopped,
+                    Some(Order::Deployed(now)) => self.record.deployed(now),
                     Some(Order::Drain) => self.record.drain(),
                     Some(Order::Suspect) => watch.suspect(),
                 },

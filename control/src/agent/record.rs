@@ -1,13 +1,17 @@
 //! What the agent says about one instance, each change once.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Assignment, Report};
-use crate::model::{Instance, InstanceState};
+use crate::model::{Deployment, Instance, InstanceState};
 
 pub(super) struct Record {
     pub(super) instance: Instance,
+    /// As it is now: it may change while the instance runs.
+    pub(super) deployment: Arc<Deployment>,
     told: Option<Instance>,
     reports: UnboundedSender<Report>,
     pub(super) draining: bool,
@@ -20,11 +24,6 @@ impl Record {
         reports: UnboundedSender<Report>,
     ) -> Self {
         let (version, deployment) = (&assignment.version, &assignment.deployment);
-        let capacity = deployment
-            .specifications
-            .iter()
-            .find(|s| s.id == assignment.specification)
-            .map_or(1, |s| s.max_request_concurrency);
         let mut record = Self {
             instance: Instance {
                 id: assignment.instance,
@@ -35,7 +34,7 @@ impl Record {
                 node: node.to_owned(),
                 state: InstanceState::Starting,
                 address: None,
-                capacity,
+                capacity: 1,
                 pid: None,
                 created_at: Timestamp::now(),
                 spawned_at: None,
@@ -44,12 +43,22 @@ impl Record {
                 error: None,
                 gpus: Vec::new(),
             },
+            deployment: deployment.clone(),
             told: None,
             reports,
             draining: false,
         };
-        record.tell();
+        record.deployed(deployment.clone());
         record
+    }
+
+    /// The deployment is so from now on: its capacity binds the next grants, the rest whatever comes next.
+    pub(super) fn deployed(&mut self, deployment: Arc<Deployment>) {
+        let mut specifications = deployment.specifications.iter();
+        let own = specifications.find(|s| s.id == self.instance.gpu_specification_id);
+        self.instance.capacity = own.map_or(1, |s| s.max_request_concurrency);
+        self.deployment = deployment;
+        self.tell();
     }
 
     /// Reports what has changed, if anything has.

@@ -231,6 +231,54 @@ fn marked(file: &str, mark: &str) -> usize {
         .count()
 }
 
+/// The same instance, of a deployment with another concurrency and this time to start.
+fn changed(assignment: &Assignment, concurrency: u32, start: Duration) -> Assignment {
+    let mut changed = assignment.clone();
+    let deployment = Arc::make_mut(&mut changed.deployment);
+    deployment.specifications[0].max_request_concurrency = concurrency;
+    deployment.start_timeout = IsoDuration(start);
+    changed
+}
+
+#[tokio::test]
+async fn a_changed_deployment_reaches_instances_that_run() {
+    let mut rig = rig();
+    let long = Duration::from_secs(600);
+    let a = changed(&server(&[]), 4, long);
+    rig.agent.run(a.clone());
+    let ready = rig.ready().await;
+    assert_eq!(ready.capacity, 4);
+    for capacity in [1, 7] {
+        rig.agent.run(changed(&a, capacity, long));
+        let instance = rig.until(|i| i.capacity == capacity).await;
+        let expected = Instance {
+            capacity,
+            ..ready.clone()
+        };
+        assert_eq!(instance, expected, "nothing else of it changes");
+    }
+    // A start under way has the new time too.
+    let late = changed(&server(&[("STATUS", "503")]), 1, long);
+    rig.agent.run(late.clone());
+    rig.until(|i| i.id == late.instance && i.pid.is_some())
+        .await;
+    rig.agent.run(changed(&late, 1, Duration::from_millis(150)));
+    let failed = rig.until(|i| i.restarts == 1).await;
+    assert!(failed.error.unwrap().contains("within PT0.15S"));
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let silent = changed(&endpoint(url), 1, long);
+    rig.agent.run(silent.clone());
+    rig.until(|i| i.id == silent.instance && i.address.is_some())
+        .await;
+    rig.agent.run(changed(&silent, 2, Duration::from_millis(1)));
+    let failed = rig
+        .until(|i| i.id == silent.instance && i.state == InstanceState::Error)
+        .await;
+    assert_eq!(failed.capacity, 2);
+}
+
 #[tokio::test]
 async fn a_process_becomes_ready_and_goes() {
     let mut rig = rig();

@@ -25,6 +25,48 @@ async fn patch(server: &Server, function: &Function, change: Value) {
 }
 
 #[tokio::test]
+async fn a_changed_concurrency_binds_the_next_calls_of_instances_that_run() {
+    let server = Server::start();
+    let books = tempfile::tempdir().unwrap();
+    let function = server.books(books.path(), 1).await;
+    let gate = server.directory().join("gate");
+    let path = format!("/work?gate={}", gate.display());
+    let call = async || {
+        let call = server.call(Method::GET, &function, &path).send();
+        answered(&call.await.unwrap());
+    };
+    let change = async |concurrency: u32| {
+        let body = json!({"deploymentSpecifications": [{
+            "gpu": "none", "minInstances": 1, "maxInstances": 1, "maxRequestConcurrency": concurrency,
+        }]});
+        let request = server.api(Method::PUT, &function.deployment()).json(&body);
+        assert!(request.send().await.unwrap().status().is_success());
+        let slots = f64::from(concurrency);
+        eventually("the instance has so many slots", SOON, async || {
+            (server.free(&function).await == slots).then_some(())
+        })
+        .await;
+    };
+    change(3).await;
+    tokio::join!(call(), call(), call(), call(), async {
+        server.until_busy(&function, 3).await;
+        server.until_queued(&function, 1).await;
+        std::fs::write(&gate, "").unwrap();
+    });
+    server.until_busy(&function, 0).await;
+    std::fs::remove_file(&gate).unwrap();
+    change(1).await;
+    tokio::join!(call(), call(), async {
+        server.until_queued(&function, 1).await;
+        server.until_busy(&function, 1).await;
+        std::fs::write(&gate, "").unwrap();
+    });
+    let all = instance::books(books.path());
+    assert_eq!(all.len(), 1, "the same process");
+    assert_eq!(all[0].highest(), 3);
+}
+
+#[tokio::test]
 async fn nothing_starts_anew_while_weir_stops() {
     let mut server = Server::start();
     let books = tempfile::tempdir().unwrap();

@@ -354,17 +354,28 @@ impl Server {
         page.send().await.unwrap().text().await.unwrap()
     }
 
-    /// `weir_slots{state="busy"}` of a version.
-    pub(crate) async fn busy(&self, function: &Function) -> f64 {
+    /// `weir_slots` of a version in a state.
+    async fn slots_that_are(&self, function: &Function, state: &str) -> f64 {
         let page = self.metrics().await;
+        let state = format!("state=\"{state}\"");
         page.lines()
             .find(|line| {
                 line.starts_with("weir_slots{")
                     && line.contains(&function.version)
-                    && line.contains("state=\"busy\"")
+                    && line.contains(&state)
             })
             .and_then(|line| line.rsplit_once(' ')?.1.parse().ok())
-            .expect("a gauge of busy slots")
+            .expect("a gauge of slots")
+    }
+
+    /// The busy slots of a version.
+    pub(crate) async fn busy(&self, function: &Function) -> f64 {
+        self.slots_that_are(function, "busy").await
+    }
+
+    /// The free ones.
+    pub(crate) async fn free(&self, function: &Function) -> f64 {
+        self.slots_that_are(function, "free").await
     }
 
     /// `weir_invocations_total` of a version, by code.
