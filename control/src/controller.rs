@@ -7,7 +7,8 @@
 //! only carries it out. It is the single writer of instance counts.
 //!
 //! Scaling in never kills work: an instance is taken out of its queue only
-//! while idle, under the queue's lock, and is stopped after that.
+//! while idle, under the queue's lock, and is stopped after that. What is above
+//! a maximum and busy drains first: it gets no more work, and goes when idle.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
@@ -42,6 +43,9 @@ mod tests;
 pub trait Slots: Send + Sync + 'static {
     /// Takes the instance out if it is idle, under the queue's lock; true if it was, or is not there at all.
     fn retire_if_idle(&self, version: VersionId, instance: InstanceId) -> bool;
+
+    /// The instance gets no more work, under the queue's lock; what it has goes on.
+    fn drain(&self, version: VersionId, instance: InstanceId);
 }
 
 /// Decisions kept for reading back, for each version.
@@ -119,12 +123,19 @@ struct Asked {
     endpoint: Option<String>,
     /// What its agent was last told.
     deployment: Arc<Deployment>,
+    /// Above the maximum: it gets no more work, and stops when idle.
+    draining: bool,
     stopping: bool,
     /// It was published. Before that its absence says nothing.
     published: bool,
 }
 
 impl Asked {
+    /// It counts as an instance that is wanted.
+    fn stays(&self) -> bool {
+        !self.draining && !self.stopping
+    }
+
     fn assignment(&self, instance: InstanceId, view: &VersionView) -> Assignment {
         Assignment {
             instance,
@@ -336,6 +347,15 @@ impl Controller {
         let desired = decision.desired;
         self.decisions.keep(deployment.version, decision);
 
+        for (instance, asked) in &mut scaling.asked {
+            if asked.draining
+                && !asked.stopping
+                && self.slots.retire_if_idle(deployment.version, *instance)
+            {
+                asked.stopping = true;
+                self.agent.stop(*instance);
+            }
+        }
         // A changed deployment reaches the instances that run.
         for (instance, asked) in &mut scaling.asked {
             if !Arc::ptr_eq(&asked.deployment, deployment) {
@@ -361,7 +381,7 @@ impl Controller {
                     scaling
                         .asked
                         .get(id)
-                        .is_some_and(|a| a.specification == specification.id && !a.stopping)
+                        .is_some_and(|a| a.specification == specification.id && a.stays())
                 })
                 .copied()
                 .collect();
@@ -378,6 +398,7 @@ impl Controller {
                         specification: specification.id,
                         endpoint,
                         deployment: deployment.clone(),
+                        draining: false,
                         stopping: false,
                         published: false,
                     };
@@ -397,6 +418,7 @@ impl Controller {
                     Some(InstanceState::Ready | InstanceState::Draining) => 2,
                 });
                 let mut left = surplus;
+                let mut busy = Vec::new();
                 for id in candidates {
                     if left == 0 {
                         break;
@@ -407,7 +429,19 @@ impl Controller {
                         }
                         self.agent.stop(id);
                         left -= 1;
+                    } else {
+                        busy.push(id);
                     }
+                }
+                // A saturated one is never idle by itself.
+                let above = (wanted + left).saturating_sub(specification.max_instances as usize);
+                for id in busy.into_iter().take(above) {
+                    if let Some(asked) = scaling.asked.get_mut(&id) {
+                        asked.draining = true;
+                    }
+                    self.slots.drain(deployment.version, id);
+                    // For everyone else, and for as long as it is there.
+                    self.agent.drain(id);
                 }
             }
         }
@@ -494,7 +528,7 @@ fn observe(scaling: &Scaling, view: &VersionView) -> Observed {
         starting: 0,
         error: 0,
     };
-    for (id, _) in scaling.asked.iter().filter(|(_, asked)| !asked.stopping) {
+    for (id, _) in scaling.asked.iter().filter(|(_, asked)| asked.stays()) {
         match view.instances.iter().find(|i| i.id == *id).map(|i| i.state) {
             Some(InstanceState::Ready) => observed.ready += 1,
             Some(InstanceState::Error) => observed.error += 1,

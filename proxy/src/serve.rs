@@ -472,6 +472,12 @@ impl Slots for TableSlots {
         let deployed = self.0.deployed(version);
         deployed.is_none_or(|deployed| deployed.retire_if_idle(instance))
     }
+
+    fn drain(&self, version: VersionId, instance: InstanceId) {
+        if let Some(deployed) = self.0.deployed(version) {
+            deployed.queue.drain_instance(instance.0.as_u128());
+        }
+    }
 }
 
 /// What the API asks of the running parts.

@@ -74,6 +74,7 @@ impl Slots for Idle {
     fn retire_if_idle(&self, _: VersionId, _: InstanceId) -> bool {
         true
     }
+    fn drain(&self, _: VersionId, _: InstanceId) {}
 }
 
 /// A version and its deployment, deployed with these settings.

@@ -67,6 +67,50 @@ async fn a_changed_concurrency_binds_the_next_calls_of_instances_that_run() {
 }
 
 #[tokio::test]
+async fn what_is_above_a_lowered_maximum_ends_its_work_and_gets_no_more() {
+    let server = Server::start();
+    let books = tempfile::tempdir().unwrap();
+    let function = server.bookkeeper(books.path()).await;
+    server.deploy(&function, (2, 2, 1), json!({})).await;
+    let gate = |n: usize| server.directory().join(n.to_string());
+    let call = async |n: usize| {
+        let path = format!("/work?gate={}", gate(n).display());
+        let call = server.call(Method::GET, &function, &path).send();
+        let response = call.await.unwrap();
+        answered(&response);
+        assert_eq!(response.text().await.unwrap(), "done");
+    };
+    // Saturated until the end: two run, and others wait.
+    tokio::join!(call(0), call(1), call(2), call(3), async {
+        server.until_busy(&function, 2).await;
+        server.until_queued(&function, 2).await;
+        patch(
+            &server,
+            &function,
+            json!({"minInstances": 0, "maxInstances": 1}),
+        )
+        .await;
+        let leaving = eventually("one drains", SOON, async || {
+            server.instances(&function, "draining").await.pop()
+        })
+        .await;
+        for n in 0..4 {
+            std::fs::write(gate(n), "").unwrap();
+        }
+        eventually("one is left", SOON, async || {
+            let all = server.instances(&function, "").await;
+            (all.len() == 1 && all[0]["id"] != leaving["id"]).then_some(())
+        })
+        .await;
+        let pid = pid(&leaving);
+        let all = instance::books(books.path());
+        let book = all.iter().find(|book| book.pid == pid).unwrap();
+        let came = book.entries.iter().filter(|entry| entry.came).count();
+        assert_eq!(came, 1, "what it had, and no more");
+    });
+}
+
+#[tokio::test]
 async fn nothing_starts_anew_while_weir_stops() {
     let mut server = Server::start();
     let books = tempfile::tempdir().unwrap();
