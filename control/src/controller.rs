@@ -29,13 +29,16 @@ use crate::{
     coordination::{self, Coordination, CoordinationError},
     directory::{Directory, VersionView, decode, record},
     model::{
-        AutoscalingPolicy, Deployment, DeploymentId, FunctionId, GpuSpecificationId, InstanceId,
-        InstanceState, Launch, VersionId,
+        AutoscalingPolicy, Deployment, DeploymentId, FunctionId, GpuSpecification,
+        GpuSpecificationId, Instance, InstanceId, InstanceState, Launch, VersionId,
     },
-    scale::{self, Decision, History, Observed, Sample, Settings},
+    scale::{self, Decision, History, Observed, Sample, Settings, Share},
     store::{Change, Expect, Partition, Store, StoreError},
 };
 
+use self::plan::{Health, Present, plan};
+
+mod plan;
 #[cfg(test)]
 mod tests;
 
@@ -50,6 +53,9 @@ pub trait Slots: Send + Sync + 'static {
 
 /// Decisions kept for reading back, for each version.
 const KEPT: usize = 64;
+/// An endpoint that takes longer to be ready, and whatever was ready and is in error for longer, fails: something else
+/// is tried.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// A graceful stop of an undeployed version is looked at this often.
 const DRAIN_LOOK: Duration = Duration::from_millis(50);
 
@@ -128,12 +134,32 @@ struct Asked {
     stopping: bool,
     /// It was published. Before that its absence says nothing.
     published: bool,
+    /// Since when it is not ready.
+    unready: Option<Duration>,
 }
 
 impl Asked {
     /// It counts as an instance that is wanted.
     fn stays(&self) -> bool {
         !self.draining && !self.stopping
+    }
+
+    /// What was asked for counts as starting until its agent says otherwise.
+    fn health(&mut self, instance: Option<&Instance>, now: Duration) -> Health {
+        let state = instance.map_or(InstanceState::Starting, |i| i.state);
+        if state == InstanceState::Ready {
+            self.unready = None;
+            return Health::Ready;
+        }
+        let since = *self.unready.get_or_insert(now);
+        let late = now.saturating_sub(since) >= PATIENCE;
+        let was_ready = instance.is_some_and(|i| i.first_healthy_at.is_some());
+        match state {
+            InstanceState::Error if late || !was_ready => Health::Failing,
+            // A server that is there is ready at once; a process takes the time that it has.
+            _ if late && self.endpoint.is_some() => Health::Failing,
+            _ => Health::Starting,
+        }
     }
 
     fn assignment(&self, instance: InstanceId, view: &VersionView) -> Assignment {
@@ -160,6 +186,37 @@ struct Scaling {
     draining_since: Option<Instant>,
     /// The drained deployment's record is being removed. Not awaited: it may take as long as a disk does.
     removal: Option<JoinHandle<()>>,
+    /// Specifications of which an instance failed and none has been ready since: they are filled last.
+    failed: HashSet<GpuSpecificationId>,
+    /// When these were last seen to fail, without having been ready since: they are taken last.
+    failed_endpoints: HashMap<String, Duration>,
+    backoff: Backoff,
+}
+
+/// Between one more try of what fails and the next, beside what the agents do by themselves.
+#[derive(Default)]
+struct Backoff {
+    tries: u32,
+    last: Duration,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_secs(1);
+    const LONGEST: Duration = Duration::from_secs(300);
+
+    /// The first try waits for nothing.
+    fn is_over(&self, now: Duration) -> bool {
+        let pause = match self.tries.checked_sub(1) {
+            None => Duration::ZERO,
+            Some(before) => Self::FIRST.saturating_mul(1 << before.min(16)),
+        };
+        now.saturating_sub(self.last) >= pause.min(Self::LONGEST)
+    }
+
+    fn again(&mut self, now: Duration) {
+        self.tries = self.tries.saturating_add(1);
+        self.last = now;
+    }
 }
 
 impl Scaling {
@@ -174,7 +231,78 @@ impl Scaling {
             next_look: None,
             draining_since: None,
             removal: None,
+            failed: HashSet::new(),
+            failed_endpoints: HashMap::new(),
+            backoff: Backoff::default(),
         }
+    }
+
+    /// How the instances are that stay. Remembers what fails.
+    fn present(
+        &mut self,
+        view: &VersionView,
+        specifications: &[GpuSpecification],
+        now: Duration,
+    ) -> Vec<Present> {
+        let mut present = Vec::new();
+        for id in &self.order {
+            let Some(asked) = self.asked.get_mut(id).filter(|asked| asked.stays()) else {
+                continue;
+            };
+            let own = |s: &GpuSpecification| s.id == asked.specification;
+            let Some(specification) = specifications.iter().position(own) else {
+                continue;
+            };
+            let instance = view.instances.iter().find(|i| i.id == *id);
+            let health = asked.health(instance, now);
+            if let Some(endpoint) = &asked.endpoint {
+                match health {
+                    Health::Ready => _ = self.failed_endpoints.remove(endpoint),
+                    Health::Starting => {}
+                    Health::Failing => _ = self.failed_endpoints.insert(endpoint.clone(), now),
+                }
+            }
+            present.push(Present {
+                id: *id,
+                specification,
+                health,
+            });
+        }
+        let any = |at: Option<usize>, health| {
+            let mut these = present.iter();
+            these.any(|p| p.health == health && at.is_none_or(|at| p.specification == at))
+        };
+        for (at, specification) in specifications.iter().enumerate() {
+            if any(Some(at), Health::Ready) {
+                self.failed.remove(&specification.id);
+            } else if any(Some(at), Health::Failing) {
+                self.failed.insert(specification.id);
+            }
+        }
+        if any(None, Health::Ready) && !any(None, Health::Failing) {
+            self.backoff = Backoff::default();
+        }
+        present
+    }
+
+    /// When the next of those that are not ready counts as failing, if nothing happens before.
+    fn out_of_patience(&self, now: Duration) -> Option<Duration> {
+        let staying = self.asked.values().filter(|asked| asked.stays());
+        staying
+            .filter_map(|asked| (asked.unready? + PATIENCE).checked_sub(now))
+            .filter(|left| !left.is_zero())
+            .min()
+    }
+
+    /// One that no instance has: the first that never failed, else the one that failed longest ago.
+    fn free_endpoint(&self, endpoints: &[String]) -> Option<String> {
+        let taken = |endpoint: &&String| {
+            let mut all = self.asked.values();
+            all.any(|asked| asked.endpoint.as_ref() == Some(*endpoint))
+        };
+        let free = endpoints.iter().filter(|endpoint| !taken(endpoint));
+        free.min_by_key(|endpoint| self.failed_endpoints.get(*endpoint))
+            .cloned()
     }
 }
 
@@ -335,7 +463,9 @@ impl Controller {
         if let Some(sample) = sample {
             scaling.history.push(sample);
         }
-        let observed = observe(scaling, view);
+        let specifications = &deployment.specifications;
+        let present = scaling.present(view, specifications, now);
+        let observed = observe(&present);
         let (decision, state) = scale::decide(
             &settings,
             &scaling.history,
@@ -364,90 +494,103 @@ impl Controller {
             }
         }
 
-        let limits: Vec<(u32, u32)> = deployment
-            .specifications
+        let shares: Vec<Share> = specifications
             .iter()
-            .map(|s| (s.min_instances, s.max_instances))
+            .map(|s| Share {
+                min: s.min_instances,
+                max: s.max_instances,
+                failed: scaling.failed.contains(&s.id),
+            })
             .collect();
-        for (specification, wanted) in deployment
-            .specifications
-            .iter()
-            .zip(scale::spread(desired, &limits))
-        {
-            let live: Vec<InstanceId> = scaling
-                .order
-                .iter()
-                .filter(|id| {
-                    scaling
-                        .asked
-                        .get(id)
-                        .is_some_and(|a| a.specification == specification.id && a.stays())
-                })
-                .copied()
-                .collect();
-            let wanted = wanted as usize;
-            if live.len() < wanted {
-                for _ in live.len()..wanted {
-                    let endpoint = match free_endpoint(&view.version.launch, scaling) {
-                        Ok(endpoint) => endpoint,
-                        Err(NoneFree) => break,
-                    };
-                    let instance = InstanceId::random();
-                    tracing::debug!(version = %deployment.version, %instance, "an instance is to start");
-                    let asked = Asked {
-                        specification: specification.id,
-                        endpoint,
-                        deployment: deployment.clone(),
-                        draining: false,
-                        stopping: false,
-                        published: false,
-                    };
-                    self.agent.run(asked.assignment(instance, view));
-                    scaling.order.push(instance);
-                    scaling.asked.insert(instance, asked);
+        let may_retry = scaling.backoff.is_over(now);
+        let mut retried = false;
+        for (specification, step) in specifications.iter().zip(plan(desired, &shares, &present)) {
+            let go = |scaling: &mut Scaling, id: InstanceId| {
+                let idle = self.slots.retire_if_idle(deployment.version, id);
+                if idle && let Some(asked) = scaling.asked.get_mut(&id) {
+                    asked.stopping = true;
+                    self.agent.stop(id);
                 }
-            } else {
-                let surplus = live.len() - wanted;
-                let state =
-                    |id: &InstanceId| view.instances.iter().find(|i| i.id == *id).map(|i| i.state);
-                // What serves nothing goes first: failed, then starting, then the youngest that is idle.
-                let mut candidates: Vec<InstanceId> = live.into_iter().rev().collect();
-                candidates.sort_by_key(|id| match state(id) {
-                    Some(InstanceState::Error) => 0,
-                    None | Some(InstanceState::Starting) => 1,
-                    Some(InstanceState::Ready | InstanceState::Draining) => 2,
-                });
-                let mut left = surplus;
-                let mut busy = Vec::new();
-                for id in candidates {
-                    if left == 0 {
-                        break;
-                    }
-                    if self.slots.retire_if_idle(deployment.version, id) {
-                        if let Some(asked) = scaling.asked.get_mut(&id) {
-                            asked.stopping = true;
-                        }
-                        self.agent.stop(id);
-                        left -= 1;
-                    } else {
-                        busy.push(id);
-                    }
-                }
-                // A saturated one is never idle by itself.
-                let above = (wanted + left).saturating_sub(specification.max_instances as usize);
-                for id in busy.into_iter().take(above) {
-                    if let Some(asked) = scaling.asked.get_mut(&id) {
-                        asked.draining = true;
-                    }
-                    self.slots.drain(deployment.version, id);
-                    // For everyone else, and for as long as it is there.
-                    self.agent.drain(id);
+                idle
+            };
+            let mut failing = step.failing.iter().copied();
+            for _ in 0..step.failed {
+                if !failing.any(|id| go(scaling, id)) {
+                    break;
                 }
             }
+            let mut busy = Vec::new();
+            let mut left = step.surplus;
+            for id in step.healthy {
+                if left == 0 {
+                    break;
+                }
+                if go(scaling, id) {
+                    left -= 1;
+                } else {
+                    busy.push(id);
+                }
+            }
+            // A saturated one is never idle by itself.
+            let above = step.above.saturating_sub(step.surplus - left);
+            for id in busy.into_iter().take(above) {
+                if let Some(asked) = scaling.asked.get_mut(&id) {
+                    asked.draining = true;
+                }
+                self.slots.drain(deployment.version, id);
+                // For everyone else, and for as long as it is there.
+                self.agent.drain(id);
+            }
+
+            for started in 0..step.start + step.instead {
+                let beside = started < step.start;
+                let endpoint = match &view.version.launch {
+                    // Its agent tries again what fails; a second beside it is for what only that one has.
+                    Launch::Process(_) if !beside => break,
+                    Launch::Process(_) => {
+                        retried |= !step.failing.is_empty();
+                        None
+                    }
+                    Launch::Endpoints(endpoints) => {
+                        let Some(endpoint) = scaling.free_endpoint(endpoints) else {
+                            break;
+                        };
+                        retried |= scaling.failed_endpoints.contains_key(&endpoint);
+                        Some(endpoint)
+                    }
+                };
+                if retried && !may_retry {
+                    retried = false;
+                    break;
+                }
+                if !beside && !failing.any(|id| go(scaling, id)) {
+                    break;
+                }
+                let instance = InstanceId::random();
+                tracing::debug!(version = %deployment.version, %instance, "an instance is to start");
+                let asked = Asked {
+                    specification: specification.id,
+                    endpoint,
+                    deployment: deployment.clone(),
+                    draining: false,
+                    stopping: false,
+                    published: false,
+                    unready: Some(now),
+                };
+                self.agent.run(asked.assignment(instance, view));
+                scaling.order.push(instance);
+                scaling.asked.insert(instance, asked);
+            }
+        }
+        if retried {
+            scaling.backoff.again(now);
         }
         let asleep =
             scaling.asked.is_empty() && desired == 0 && sample.is_none_or(|s| s.in_system == 0);
-        scaling.next_look = (!asleep).then(|| Instant::now() + scale::next_tick(&settings));
+        let soon = scaling.out_of_patience(now);
+        let tick = scale::next_tick(&settings);
+        let wait = soon.map_or(tick, |soon| tick.min(soon));
+        scaling.next_look = (!asleep).then(|| Instant::now() + wait);
     }
 
     /// A graceful undeploy: no new work comes; when nothing waits or runs, or the time is over, the record goes.
@@ -521,41 +664,11 @@ fn settings_of(deployment: &Deployment) -> Settings {
     }
 }
 
-/// What was asked for counts as starting until an agent says otherwise.
-fn observe(scaling: &Scaling, view: &VersionView) -> Observed {
-    let mut observed = Observed {
-        ready: 0,
-        starting: 0,
-        error: 0,
-    };
-    for (id, _) in scaling.asked.iter().filter(|(_, asked)| asked.stays()) {
-        match view.instances.iter().find(|i| i.id == *id).map(|i| i.state) {
-            Some(InstanceState::Ready) => observed.ready += 1,
-            Some(InstanceState::Error) => observed.error += 1,
-            Some(InstanceState::Draining) => {}
-            None | Some(InstanceState::Starting) => observed.starting += 1,
-        }
+fn observe(present: &[Present]) -> Observed {
+    let count = |health| present.iter().filter(|p| p.health == health).count() as u32;
+    Observed {
+        ready: count(Health::Ready),
+        starting: count(Health::Starting),
+        error: count(Health::Failing),
     }
-    observed
-}
-
-struct NoneFree;
-
-/// The first endpoint that no instance has; `None` for what is started.
-fn free_endpoint(launch: &Launch, scaling: &Scaling) -> Result<Option<String>, NoneFree> {
-    let Launch::Endpoints(endpoints) = launch else {
-        return Ok(None);
-    };
-    let taken = |endpoint: &String| {
-        scaling
-            .asked
-            .values()
-            .any(|a| a.endpoint.as_ref() == Some(endpoint))
-    };
-    endpoints
-        .iter()
-        .find(|endpoint| !taken(endpoint))
-        .cloned()
-        .map(Some)
-        .ok_or(NoneFree)
 }

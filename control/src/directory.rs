@@ -318,7 +318,7 @@ impl Directory {
                     .collect();
                 let past = deployment.as_ref().and_then(|d| parts.pasts.get(&d.id));
                 let past = past.copied().unwrap_or_default();
-                let state = state_of(deployment.as_deref(), &instances, past);
+                let state = state_of(&version.launch, deployment.as_deref(), &instances, past);
                 let shared_with = [Some(version.id), None]
                     .iter()
                     .filter_map(|level| parts.sharing.get(level))

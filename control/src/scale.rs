@@ -448,18 +448,34 @@ pub fn next_tick(settings: &Settings) -> Duration {
     (settings.panic_window / 6).clamp(Duration::from_millis(50), Duration::from_secs(2))
 }
 
-/// Spreads instances over a deployment's specifications, each `(min, max)`: first every minimum, then
-/// the rest in order. A maximum below its minimum wins; what doesn't fit is dropped.
-pub fn spread(desired: u32, specs: &[(u32, u32)]) -> Vec<u32> {
-    let mut counts: Vec<u32> = specs.iter().map(|&(min, max)| min.min(max)).collect();
-    let minimum = counts
-        .iter()
-        .fold(0_u32, |sum, &count| sum.saturating_add(count));
-    let mut rest = desired.saturating_sub(minimum);
-    for (count, &(_, max)) in counts.iter_mut().zip(specs) {
-        let more = rest.min(max - *count);
-        *count += more;
-        rest -= more;
+/// What one of a deployment's specifications may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub min: u32,
+    /// Wins over `min`.
+    pub max: u32,
+    /// Its instances fail: it is no capacity, as far as is known.
+    pub failed: bool,
+}
+
+/// Spreads instances over specifications: first every minimum, then the rest in order, over those that
+/// failed last. What one that failed has for its minimum counts only where the others are full. What
+/// doesn't fit is dropped.
+pub fn spread(desired: u32, shares: &[Share]) -> Vec<u32> {
+    let mut counts: Vec<u32> = shares.iter().map(|s| s.min.min(s.max)).collect();
+    let mut rest = desired;
+    for failed in [false, true] {
+        let these = || shares.iter().map(move |s| s.failed == failed);
+        let minimum = counts.iter().zip(these()).filter(|(_, this)| *this);
+        let minimum = minimum.fold(0_u32, |sum, (&count, _)| sum.saturating_add(count));
+        rest = rest.saturating_sub(minimum);
+        for ((count, share), this) in counts.iter_mut().zip(shares).zip(these()) {
+            if this {
+                let more = rest.min(share.max - *count);
+                *count += more;
+                rest -= more;
+            }
+        }
     }
     counts
 }

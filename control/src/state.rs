@@ -1,7 +1,7 @@
 //! The six states of a version: a pure function of its deployment and its
 //! instances, never stored.
 
-use crate::model::{Deployment, FunctionState, Instance, InstanceState};
+use crate::model::{Deployment, FunctionState, GpuSpecification, Instance, InstanceState, Launch};
 
 /// What a deployment has been through in this process; the caller keeps it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -18,6 +18,7 @@ pub enum Past {
 /// What a version's state is.
 #[must_use]
 pub fn state_of(
+    launch: &Launch,
     deployment: Option<&Deployment>,
     instances: &[Instance],
     past: Past,
@@ -28,24 +29,35 @@ pub fn state_of(
     if deployment.undeploying {
         return FunctionState::Inactive;
     }
-    let ready_of = |spec: &crate::model::GpuSpecification| {
+    let count = |spec: &GpuSpecification, state| {
         instances
             .iter()
-            .filter(|i| i.gpu_specification_id == spec.id && i.state == InstanceState::Ready)
+            .filter(|i| i.gpu_specification_id == spec.id && i.state == state)
             .count()
     };
     let any_ready = instances.iter().any(|i| i.state == InstanceState::Ready);
     let alive = instances
         .iter()
         .any(|i| matches!(i.state, InstanceState::Ready | InstanceState::Starting));
-    let failed = instances.iter().any(|i| i.state == InstanceState::Error);
-    if failed && !alive {
+    let mut failed = deployment
+        .specifications
+        .iter()
+        .map(|spec| count(spec, InstanceState::Error));
+    // Not while another specification or endpoint is left to try.
+    let all_failed = match launch {
+        Launch::Process(_) => failed.all(|failed| failed > 0),
+        Launch::Endpoints(all) => {
+            let places = all.len().min(deployment.max_instances() as usize);
+            failed.sum::<usize>() >= places.max(1)
+        }
+    };
+    if all_failed && !alive {
         return FunctionState::Error;
     }
     let enough = deployment
         .specifications
         .iter()
-        .all(|s| ready_of(s) >= s.min_instances as usize);
+        .all(|s| count(s, InstanceState::Ready) >= s.min_instances as usize);
     if enough {
         return FunctionState::Active;
     }
@@ -117,7 +129,19 @@ mod tests {
             .collect()
     }
 
-    /// Every mix of up to three instances, for every minimum up to three, before and after the
+    fn process() -> Launch {
+        Launch::Process(ProcessSpec {
+            command: vec![],
+            env: vec![],
+            working_dir: None,
+        })
+    }
+
+    fn endpoints(count: usize) -> Launch {
+        Launch::Endpoints(vec![String::new(); count])
+    }
+
+    /// Every mix of up to three instances, of a process or of so many endpoints, for every minimum up to three, before and after the
     /// first ACTIVE and a loss: the states against the sentences that define them.
     #[test]
     fn every_state_follows_its_definition() {
@@ -137,9 +161,20 @@ mod tests {
             let deployment = deployment(&[min]);
             for mix in &mixes {
                 let count = |state| mix.iter().filter(|s| **s == state).count();
-                for past in [Past::New, Past::Reached, Past::Lost] {
-                    let got = state_of(Some(&deployment), &instances(&deployment, 0, mix), past);
-                    let all_in_error = count(Error) > 0 && count(Ready) + count(Starting) == 0;
+                let pasts = [Past::New, Past::Reached, Past::Lost];
+                let launches = [process(), endpoints(1), endpoints(2), endpoints(3)];
+                for (past, launch) in pasts
+                    .iter()
+                    .flat_map(|past| launches.iter().map(move |l| (*past, l)))
+                {
+                    let mixed = instances(&deployment, 0, mix);
+                    let got = state_of(launch, Some(&deployment), &mixed, past);
+                    let places = match launch {
+                        Launch::Process(_) => 1,
+                        Launch::Endpoints(all) => all.len(),
+                    };
+                    let all_in_error =
+                        count(Error) >= places && count(Ready) + count(Starting) == 0;
                     let expected = if all_in_error {
                         FunctionState::Error
                     } else if count(Ready) >= min as usize {
@@ -151,7 +186,7 @@ mod tests {
                     } else {
                         FunctionState::Degraded
                     };
-                    assert_eq!(got, expected, "min {min}, {mix:?}, {past:?}");
+                    assert_eq!(got, expected, "min {min}, {mix:?}, {past:?}, {launch:?}");
                 }
             }
         }
@@ -162,14 +197,25 @@ mod tests {
         let mut deployment = deployment(&[1]);
         let ready = instances(&deployment, 0, &[InstanceState::Ready]);
         assert_eq!(
-            state_of(None, &ready, Past::Reached),
+            state_of(&process(), None, &ready, Past::Reached),
             FunctionState::Inactive
         );
         deployment.undeploying = true;
         assert_eq!(
-            state_of(Some(&deployment), &ready, Past::Reached),
+            state_of(&process(), Some(&deployment), &ready, Past::Reached),
             FunctionState::Inactive
         );
+    }
+
+    #[test]
+    fn it_is_no_error_while_another_specification_is_left_to_try() {
+        let deployment = deployment(&[0, 0]);
+        let mut failed = instances(&deployment, 0, &[InstanceState::Error]);
+        let state =
+            |failed: &[Instance]| state_of(&process(), Some(&deployment), failed, Past::New);
+        assert_eq!(state(&failed), FunctionState::Active);
+        failed.extend(instances(&deployment, 1, &[InstanceState::Error]));
+        assert_eq!(state(&failed), FunctionState::Error);
     }
 
     #[test]
@@ -181,13 +227,13 @@ mod tests {
             &[InstanceState::Ready, InstanceState::Ready],
         );
         assert_eq!(
-            state_of(Some(&deployment), &both_of_one, Past::Lost),
+            state_of(&process(), Some(&deployment), &both_of_one, Past::Lost),
             FunctionState::Degrading
         );
         let mut one_each = instances(&deployment, 0, &[InstanceState::Ready]);
         one_each.extend(instances(&deployment, 1, &[InstanceState::Ready]));
         assert_eq!(
-            state_of(Some(&deployment), &one_each, Past::New),
+            state_of(&process(), Some(&deployment), &one_each, Past::New),
             FunctionState::Active
         );
     }

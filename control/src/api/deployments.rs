@@ -521,7 +521,7 @@ fn shown(api: &Api, version: Version, deployment: Option<&Deployment>) -> Versio
     let shown = api.shown(version.function, version.id);
     let shown = shown.filter(|v| v.deployment.as_deref() == deployment);
     shown.unwrap_or_else(|| VersionView {
-        state: state_of(deployment, &[], Past::New),
+        state: state_of(&version.launch, deployment, &[], Past::New),
         version: version.into(),
         deployment: deployment.cloned().map(Into::into),
         instances: vec![],

@@ -319,14 +319,47 @@ fn a_sticky_step_waits_for_so_many_minutes() {
     assert_eq!(steps(&[true, false, false, false, true, false]), [0_u32; 0]);
 }
 
+fn share((min, max): (u32, u32)) -> Share {
+    Share {
+        min,
+        max,
+        failed: false,
+    }
+}
+
+fn failed(bounds: (u32, u32)) -> Share {
+    Share {
+        failed: true,
+        ..share(bounds)
+    }
+}
+
 #[test]
 fn instances_spread_over_specifications() {
-    assert_eq!(spread(0, &[(1, 2), (2, 5)]), [1, 2]);
-    assert_eq!(spread(4, &[(1, 2), (2, 5)]), [2, 2]);
-    assert_eq!(spread(6, &[(1, 2), (2, 5)]), [2, 4]);
-    assert_eq!(spread(100, &[(1, 2), (2, 5)]), [2, 5]);
+    let two = [(1, 2), (2, 5)].map(share);
+    assert_eq!(spread(0, &two), [1, 2]);
+    assert_eq!(spread(4, &two), [2, 2]);
+    assert_eq!(spread(6, &two), [2, 4]);
+    assert_eq!(spread(100, &two), [2, 5]);
     assert_eq!(spread(3, &[]), [0_u32; 0]);
-    assert_eq!(spread(9, &[(7, 3), (u32::MAX, u32::MAX)]), [3, u32::MAX]);
+    let odd = [(7, 3), (u32::MAX, u32::MAX)].map(share);
+    assert_eq!(spread(9, &odd), [3, u32::MAX]);
+}
+
+#[test]
+fn specifications_that_failed_are_taken_last() {
+    let first_failed = [failed((0, 2)), share((0, 2))];
+    assert_eq!(spread(1, &first_failed), [0, 1]);
+    assert_eq!(spread(3, &first_failed), [1, 2]);
+    let minimum = [failed((1, 2)), share((0, 2))];
+    assert_eq!(
+        spread(1, &minimum),
+        [1, 1],
+        "a minimum that fails is no capacity"
+    );
+    assert_eq!(spread(3, &minimum), [1, 2]);
+    let all_failed = [failed((0, 1)), failed((0, 1))];
+    assert_eq!(spread(1, &all_failed), [1, 0]);
 }
 
 #[test]
@@ -559,14 +592,23 @@ proptest! {
     #[test]
     fn spreading_keeps_every_bound(
         desired in any::<u32>(),
-        specs in prop::collection::vec((0_u32..100, 0_u32..100), 0..8),
+        specs in prop::collection::vec((0_u32..100, 0_u32..100, any::<bool>()), 0..8),
     ) {
-        let counts = spread(desired, &specs);
-        let least: u32 = specs.iter().map(|&(min, max)| min.min(max)).sum();
-        let most: u32 = specs.iter().map(|&(_, max)| max).sum();
-        prop_assert_eq!(counts.iter().sum::<u32>(), desired.clamp(least, most));
-        for (count, (min, max)) in counts.iter().zip(specs) {
-            prop_assert!((min.min(max)..=max).contains(count));
+        let shares: Vec<Share> = specs
+            .iter()
+            .map(|&(min, max, failed)| Share { min, max, failed })
+            .collect();
+        let counts = spread(desired, &shares);
+        let sum = |of: fn(&Share) -> u32| shares.iter().map(of).sum::<u32>();
+        let (least, most) = (sum(|s| s.min.min(s.max)), sum(|s| s.max));
+        let all: u32 = counts.iter().sum();
+        prop_assert!(all >= desired.clamp(least, most) && all <= most);
+        // Those that did not fail have what is wanted, as far as they may.
+        let sound = |of: fn(&Share) -> u32| shares.iter().filter(|s| !s.failed).map(of).sum::<u32>();
+        let had: u32 = counts.iter().zip(&shares).filter(|(_, s)| !s.failed).map(|(count, _)| count).sum();
+        prop_assert_eq!(had, desired.clamp(sound(|s| s.min.min(s.max)), sound(|s| s.max)));
+        for (count, share) in counts.iter().zip(&shares) {
+            prop_assert!((share.min.min(share.max)..=share.max).contains(count));
         }
     }
 }

@@ -1,13 +1,20 @@
 //! How many instances there are, as seen from outside.
 
+use std::net::SocketAddr;
+
 use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    task::JoinHandle,
+};
 
 use crate::{
     instance,
     support::{
-        Function, SOON, Server, WEIR, answered, eventually, kill, pid, processes_with, text,
+        Function, SOON, Server, WEIR, answered, answering, eventually, header, kill, pid,
+        processes_with, text,
     },
 };
 
@@ -156,4 +163,84 @@ async fn a_sleeping_version_takes_calls_while_a_raised_minimum_starts() {
     });
     answered(&response.unwrap());
     server.ready(&function, 1).await;
+}
+
+/// A server that is well, until the task is aborted.
+async fn good() -> (SocketAddr, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    (address, tokio::spawn(answering(listener, answer.to_vec())))
+}
+
+/// An address that refuses connections for as long as the socket is kept.
+fn dead() -> (SocketAddr, TcpSocket) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    (socket.local_addr().unwrap(), socket)
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_not_there_is_passed_over() {
+    let server = Server::start();
+    let (good, _serving) = good().await;
+    let (dead, _refusing) = dead();
+    // Beside it, and instead of it; on demand, and for a minimum.
+    for scale in [(0, 2, 1), (0, 1, 1), (1, 2, 1), (1, 1, 1)] {
+        let function = server.of_endpoints(&[dead, good]).await;
+        server.deploy(&function, scale, json!({})).await;
+        let call = server.call(Method::GET, &function, "/");
+        answered(&call.send().await.unwrap());
+        eventually("the one that is good is left", SOON, async || {
+            let all = server.instances(&function, "").await;
+            (all.len() == 1 && all[0]["address"] == good.to_string()).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn another_endpoint_takes_over_from_one_that_stops() {
+    let server = Server::start();
+    let (first, serving) = good().await;
+    let (second, _serving) = good().await;
+    let function = server.of_endpoints(&[first, second]).await;
+    server.deploy(&function, (1, 2, 1), json!({})).await;
+    let before = server.instances(&function, "ready").await;
+    assert_eq!(before[0]["address"], first.to_string());
+    serving.abort();
+    eventually("the other one is ready", SOON, async || {
+        let ready = server.instances(&function, "ready").await;
+        let mut ready = ready.iter();
+        let other = ready.any(|i| i["address"] == second.to_string());
+        (other && server.status(&function).await == "ACTIVE").then_some(())
+    })
+    .await;
+    let call = server.call(Method::GET, &function, "/");
+    answered(&call.send().await.unwrap());
+}
+
+#[tokio::test]
+async fn a_specification_without_its_gpu_leaves_the_work_to_the_next() {
+    let server = Server::with(&["--gpus", "none:0"]);
+    let function = server.function(&[WEIR, "sample-function"], &[]).await;
+    let specifications = json!([
+        {"gpu": "H100", "instanceType": "H100_1x", "minInstances": 0, "maxInstances": 1},
+        {"gpu": "none", "minInstances": 0, "maxInstances": 1},
+    ]);
+    let extra = json!({"deploymentSpecifications": specifications});
+    server.deploy(&function, (0, 1, 1), extra).await;
+    let call = async || {
+        let call = server.call(Method::GET, &function, "/infer").send();
+        let response = call.await.unwrap();
+        answered(&response);
+        header(&response, "x-instance").unwrap()
+    };
+    let working = call().await;
+    eventually("what can't start is gone", SOON, async || {
+        let all = server.instances(&function, "").await;
+        (all.len() == 1 && all[0]["id"] == working).then_some(())
+    })
+    .await;
+    assert_eq!(call().await, working);
 }

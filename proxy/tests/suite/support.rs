@@ -225,26 +225,7 @@ impl Server {
     pub(crate) async fn says(&self, answer: impl Into<Vec<u8>>) -> Function {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let answer: Arc<[u8]> = answer.into().into();
-        tokio::spawn(async move {
-            loop {
-                let (mut stream, _) = listener.accept().await.unwrap();
-                let answer = answer.clone();
-                tokio::spawn(async move {
-                    let mut head = Vec::new();
-                    while !head.ends_with(b"\r\n\r\n") {
-                        head.push(stream.read_u8().await?);
-                    }
-                    if head.starts_with(b"GET /health ") {
-                        let well =
-                            b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-                        return stream.write_all(well).await;
-                    }
-                    stream.write_all(&answer).await?;
-                    stream.shutdown().await
-                });
-            }
-        });
+        tokio::spawn(answering(listener, answer.into()));
         self.endpoint(address, 1).await
     }
 
@@ -259,12 +240,18 @@ impl Server {
         capacity: u32,
         extra: Value,
     ) -> Function {
-        let mut asked = definition(&[], &[]);
-        asked["process"].take();
-        asked["endpoints"] = json!([format!("http://{address}")]);
-        let function = Function::of(&self.post("/v2/nvcf/functions", &asked).await);
+        let function = self.of_endpoints(&[address]).await;
         self.deploy(&function, (1, 1, capacity), extra).await;
         function
+    }
+
+    /// A function whose instances are these servers.
+    pub(crate) async fn of_endpoints(&self, endpoints: &[SocketAddr]) -> Function {
+        let mut asked = definition(&[], &[]);
+        asked["process"].take();
+        let urls = endpoints.iter().map(|address| format!("http://{address}"));
+        asked["endpoints"] = urls.collect();
+        Function::of(&self.post("/v2/nvcf/functions", &asked).await)
     }
 
     /// Deploys with (minInstances, maxInstances, maxRequestConcurrency) and other settings.
@@ -538,6 +525,27 @@ fn plain(line: &str) -> String {
 fn user() -> String {
     let answer = Command::new("id").arg("-un").output().unwrap();
     String::from_utf8(answer.stdout).unwrap().trim().to_owned()
+}
+
+/// Is well, and answers like this whatever else it is asked; closing after each.
+pub(crate) async fn answering(listener: TcpListener, answer: Vec<u8>) {
+    let answer: Arc<[u8]> = answer.into();
+    loop {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let answer = answer.clone();
+        tokio::spawn(async move {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await?);
+            }
+            if head.starts_with(b"GET /health ") {
+                let well = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+                return stream.write_all(well).await;
+            }
+            stream.write_all(&answer).await?;
+            stream.shutdown().await
+        });
+    }
 }
 
 pub(crate) fn definition(command: &[&str], env: &[(&str, &str)]) -> Value {
