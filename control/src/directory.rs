@@ -10,7 +10,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     convert::Infallible,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use bytes::Bytes;
@@ -119,6 +119,8 @@ impl Parts {
     }
 }
 
+type Observer = dyn Fn(&Directory, FunctionId) + Send + Sync;
+
 /// See the module's head.
 pub struct Directory {
     views: DashMap<FunctionId, Arc<FunctionView>>,
@@ -127,6 +129,8 @@ pub struct Directory {
     /// Written by those who follow intent and instances; a std mutex, held for one change.
     parts: Mutex<HashMap<FunctionId, Parts>>,
     changes: broadcast::Sender<FunctionId>,
+    /// See [`Directory::observe`].
+    observer: OnceLock<Box<Observer>>,
     applied: watch::Sender<Cursor>,
 }
 
@@ -139,6 +143,7 @@ impl Directory {
             accounts: DashMap::new(),
             parts: Mutex::default(),
             changes: broadcast::Sender::new(4096),
+            observer: OnceLock::new(),
             applied: watch::Sender::new(Cursor::default()),
         });
         let feed = directory.resync(store).await?;
@@ -298,7 +303,7 @@ impl Directory {
                 all.remove(&function);
             }
             self.views.remove(&function);
-            _ = self.changes.send(function);
+            self.announce(function);
             return;
         }
         let deployed: HashSet<_> = parts.deployments.values().map(|d| d.id).collect();
@@ -348,7 +353,22 @@ impl Directory {
                 versions,
             }),
         );
+        self.announce(function);
+    }
+
+    fn announce(&self, function: FunctionId) {
+        if let Some(observer) = self.observer.get() {
+            observer(self, function);
+        }
+        // Nobody has to listen.
         _ = self.changes.send(function);
+    }
+
+    /// Calls `observer` for each function whose view is replaced or removed from now on, one after another and before
+    /// [`Directory::applied`] answers: so whoever is told that a change is made finds it made there too. There is one
+    /// observer; further ones are not called.
+    pub fn observe(&self, observer: impl Fn(&Self, FunctionId) + Send + Sync + 'static) {
+        _ = self.observer.set(Box::new(observer));
     }
 
     /// Applies what is so of the instances, for ever; ends only when it can't be heard any more.

@@ -93,7 +93,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let coordination: Arc<dyn Coordination> = Arc::new(Local::default());
     let (signal_sender, signals) = mpsc::unbounded_channel();
     let table = Table::new(metrics.clone(), signal_sender);
-    table.apply_all(&directory);
+    table.follow(&directory);
     let slots = Arc::new(TableSlots(table.clone()));
     let member: Arc<dyn Member> = coordination.join(NODE, slots.clone()).await?.into();
 
@@ -119,12 +119,6 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let follower = {
         let (store, directory) = (store.clone(), directory.clone());
         tokio::spawn(async move { directory.follow(&*store, feed).await })
-    };
-    let routing = {
-        let (table, directory) = (table.clone(), directory.clone());
-        let changes = directory.subscribe();
-        table.apply_all(&directory);
-        tokio::spawn(async move { table.follow(&directory, changes).await })
     };
     let instances = {
         let (directory, watch) = (directory.clone(), coordination.watch().await?);
@@ -303,7 +297,6 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
         ended = follower => Some(format!("the control state's feed ended: {ended:?}")),
-        ended = routing => Some(format!("the routing table's task ended: {ended:?}")),
         ended = instances => Some(format!("what the instances do is not heard any more: {ended:?}")),
         ended = taking_part => Some(format!("this process can't tell the others of itself: {ended:?}")),
         ended = controlling => Some(format!("the controller ended: {ended:?}")),

@@ -1,8 +1,9 @@
 //! The routing table: from a function's ID to an immutable view of it, with
 //! the queues of its deployed versions.
 //!
-//! One task writes it, from the directory's changes; the request path reads
-//! one `Arc` and never sees half a change. A queue lives as long as its
+//! The directory's changes write it, one at a time and before whoever made one
+//! hears that it is made; the request path reads one `Arc` and never sees half
+//! a change. A queue lives as long as its
 //! deployment: views come and go around it.
 
 use std::{
@@ -16,7 +17,7 @@ use std::{
 
 use dashmap::DashMap;
 use jiff::Timestamp;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 use weir_control::{
     coordination::Signal,
@@ -212,33 +213,17 @@ impl Table {
         })
     }
 
-    /// Follows the directory for ever.
-    pub async fn follow(
-        &self,
-        directory: &Directory,
-        mut changes: broadcast::Receiver<FunctionId>,
-    ) {
-        loop {
-            match changes.recv().await {
-                Ok(function) => self.apply(directory, function),
-                Err(broadcast::error::RecvError::Lagged(_)) => self.apply_all(directory),
-                Err(broadcast::error::RecvError::Closed) => return,
-            }
-        }
-    }
-
-    pub fn apply_all(&self, directory: &Directory) {
-        let gone: Vec<FunctionId> = self.routes.iter().map(|route| *route.key()).collect();
-        for function in gone
-            .into_iter()
-            .chain(directory.views().iter().map(|view| view.id))
-        {
-            self.apply(directory, function);
+    /// Takes what the directory has, and each change from now on before its author hears that it is made.
+    pub fn follow(self: &Arc<Self>, directory: &Directory) {
+        let table = self.clone();
+        directory.observe(move |directory, function| table.apply(directory, function));
+        for view in directory.views() {
+            self.apply(directory, view.id);
         }
     }
 
     /// Brings one function's route up to what the directory says.
-    pub fn apply(&self, directory: &Directory, function: FunctionId) {
+    fn apply(&self, directory: &Directory, function: FunctionId) {
         let before = self.view(function);
         let view = directory.view(function);
         let versions: Vec<VersionRoute> = match &view {
