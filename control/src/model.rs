@@ -584,9 +584,27 @@ pub struct Instance {
     /// Why it is in `error`, or why its last start failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What kind of failure that is: all that callers of other accounts are told of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// The last that it printed before it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_log_line: Option<String>,
     /// Devices it was given.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<u32>,
+}
+
+impl Instance {
+    /// Its error and what it wrote last, for those who may read its log.
+    #[must_use]
+    pub fn error_and_log(&self) -> Option<String> {
+        let error = self.error.as_ref()?;
+        Some(match &self.last_log_line {
+            Some(line) => format!("{error}; last log line: {line}"),
+            None => error.clone(),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -124,6 +124,8 @@ mod tests {
                 first_healthy_at: None,
                 restarts: 0,
                 error: None,
+                failure: None,
+                last_log_line: None,
                 gpus: vec![],
             })
             .collect()

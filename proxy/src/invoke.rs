@@ -223,7 +223,7 @@ fn invokable(version: &VersionRoute) -> Result<Chosen<'_>, Refusal> {
         _ => Err(Refusal::NotInvokable {
             state: version.state,
             why: version
-                .error
+                .failure
                 .as_ref()
                 .map(|why| format!(" ({why})"))
                 .unwrap_or_default(),

@@ -55,8 +55,8 @@ pub struct VersionRoute {
     pub deployed: Option<Arc<Deployed>>,
     pub deployment: Option<Arc<Deployment>>,
     pub starting: bool,
-    /// Why its instances fail, where one does.
-    pub error: Option<Arc<str>>,
+    /// How its instances fail, where one does, in words for callers of any account.
+    pub failure: Option<Arc<str>>,
 }
 
 /// What lives as long as a deployment.
@@ -283,13 +283,15 @@ impl Table {
             count_starts(&deployed, &view.instances);
             deployed
         });
-        let error: Option<Arc<str>> = view
+        let failure: Option<Arc<str>> = view
             .instances
             .iter()
-            .find_map(|i| i.error.as_deref())
-            .map(Arc::from);
+            .find_map(|i| i.failure.as_deref())
+            .map(|kind| format!("its instance failed: {kind}").into());
         if let (Some(deployed), FunctionState::Error) = (&deployed, view.state) {
-            let why = error.clone().unwrap_or_else(|| "its instances fail".into());
+            let why = failure
+                .clone()
+                .unwrap_or_else(|| "its instances fail".into());
             deployed.queue.fail_waiters(why);
         }
         VersionRoute {
@@ -302,7 +304,7 @@ impl Table {
                 .instances
                 .iter()
                 .any(|i| i.state == InstanceState::Starting),
-            error,
+            failure,
         }
     }
 }
@@ -441,6 +443,8 @@ mod tests {
             first_healthy_at: None,
             restarts: 0,
             error: None,
+            failure: None,
+            last_log_line: None,
             gpus: Vec::new(),
         };
         (Deployed::new(&deployment, LIMITS, &metrics), instance)

@@ -8,7 +8,7 @@ use super::{
     Assignment, Node, Order, Orders,
     health::{Check, Probes, Verdict, Watch},
     process::backoff,
-    record::Record,
+    record::{Record, Why},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -182,7 +182,7 @@ pub(super) async fn supervise(
             Ok(target) => target,
             Err(error) => {
                 record.instance.address = None;
-                record.error(error.to_string());
+                record.error(Why::hidden("its endpoint can't be used", error.to_string()));
                 failures += 1;
                 let pause = sleep(backoff(failures + 1));
                 tokio::pin!(pause);

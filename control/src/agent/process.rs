@@ -15,9 +15,9 @@ use tokio::{
 use super::{
     Assignment, Node, Order, Orders,
     health::{Check, Probes, Verdict, Watch},
-    logs::{LastLine, Writer},
+    logs::Writer,
     procs::{self, Holder},
-    record::Record,
+    record::{Record, Why},
     spawn::{self, Started},
 };
 use crate::{
@@ -50,7 +50,7 @@ pub(super) fn backoff(failures: u32) -> Duration {
 /// How one start ended.
 enum End {
     Stopped,
-    Failed { why: String, at_once: bool },
+    Failed { why: Why, at_once: bool },
 }
 
 /// Why a running process is attended to no more.
@@ -99,17 +99,22 @@ impl Process<'_> {
         let last = writer.last();
         loop {
             last.clear();
-            let end = self
-                .one_start(&gpu, devices.as_ref(), &mut writer, &last)
-                .await;
+            let end = self.one_start(&gpu, devices.as_ref(), &mut writer).await;
             let End::Failed { why, at_once } = end else {
                 return;
             };
-            tracing::info!(instance = %self.assignment.instance, why, "an instance's process failed");
+            let line = last.get();
+            tracing::info!(
+                instance = %self.assignment.instance,
+                why = why.error,
+                last_log_line = line,
+                "an instance's process failed"
+            );
             self.failures += 1;
+            self.record.fails(why);
             let instance = &mut self.record.instance;
             instance.restarts = self.failures;
-            instance.error = Some(why);
+            instance.last_log_line = line;
             instance.address = None;
             instance.pid = None;
             instance.state = match at_once || self.failures >= PATIENCE {
@@ -156,7 +161,9 @@ impl Process<'_> {
             returned.as_mut().enable();
             match node.gpus.lease(&gpu.gpu, count) {
                 Ok(lease) => return Some(Some(lease)),
-                Err(error) => self.record.error(error.to_string()),
+                Err(error) => self
+                    .record
+                    .error(Why::hidden("no GPU is free for it", error.to_string())),
             }
             self.wait(returned).await?;
         }
@@ -167,14 +174,16 @@ impl Process<'_> {
         gpu: &GpuSpecification,
         devices: Option<&GpuLease>,
         writer: &mut Writer,
-        last: &LastLine,
     ) -> End {
-        let at_once = |why: String| End::Failed { why, at_once: true };
+        let at_once = |why: Why| End::Failed { why, at_once: true };
         let started_at = Instant::now();
         let Some(port) = self.node.ports.lease(started_at) else {
-            return at_once(format!(
-                "no free port for an instance on node {}: give --instance-ports more, or wait a minute for those that rest",
-                self.node.name
+            return at_once(Why::hidden(
+                "no port is free for it",
+                format!(
+                    "no free port for an instance on node {}: give --instance-ports more, or wait a minute for those that rest",
+                    self.node.name
+                ),
             ));
         };
         let started = spawn::start(
@@ -194,7 +203,7 @@ impl Process<'_> {
             Ok(started) => started,
             Err(error) => {
                 port.unused();
-                return at_once(error.to_string());
+                return at_once(Why::hidden("it could not be started", error.to_string()));
             }
         };
         let version = &self.assignment.version;
@@ -236,30 +245,34 @@ impl Process<'_> {
         };
         let (outcome, mut open) = outcome;
         let was_ready = self.record.instance.state == InstanceState::Ready;
-        let (grace, mut why) = match outcome {
+        let (grace, why) = match outcome {
             Outcome::Stopped => {
                 self.record.drain();
                 (self.node.kill_after, None)
             }
             Outcome::Exited(status) => {
-                let why = describe(status);
+                let why = Why::from(describe(status));
                 if was_ready {
                     // At once: proxies must not dial it any more.
                     self.record.instance.state = InstanceState::Starting;
-                    self.record.instance.error = Some(why.clone());
+                    self.record.fails(why.clone());
                     self.record.tell();
                 }
                 (Duration::ZERO, Some((why, false)))
             }
-            Outcome::Late(why) => (Duration::ZERO, Some((why, false))),
+            Outcome::Late(why) => (Duration::ZERO, Some((why.into(), false))),
             Outcome::Stranger(port) => {
-                let why = format!(
-                    "port {port} is held by a process that is not this instance's: end that process, or let the instance itself listen on $PORT"
+                let why = Why::hidden(
+                    "its port is held by another process",
+                    format!(
+                        "port {port} is held by a process that is not this instance's: end that process, or let the instance itself listen on $PORT"
+                    ),
                 );
                 self.record.error(why.clone());
                 (Duration::ZERO, Some((why, true)))
             }
             Outcome::Ill(why) => {
+                let why = Why::from(why);
                 self.record.error(why.clone());
                 (ILL_GRACE, Some((why, true)))
             }
@@ -280,14 +293,9 @@ impl Process<'_> {
             drop(timeout(LAST_WORDS, pump).await);
         }
         drop(port);
-        match why.take() {
+        match why {
             None => End::Stopped,
-            Some((mut why, at_once)) => {
-                if let Some(line) = last.get() {
-                    why = format!("{why}; last log line: {line}");
-                }
-                End::Failed { why, at_once }
-            }
+            Some((why, at_once)) => End::Failed { why, at_once },
         }
     }
 

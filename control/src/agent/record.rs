@@ -8,6 +8,34 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::{Assignment, Report};
 use crate::model::{Deployment, Instance, InstanceState};
 
+/// Why an instance fails.
+#[derive(Clone, Debug)]
+pub(super) struct Why {
+    /// For its owner.
+    pub(super) error: String,
+    /// For whoever calls it: nothing of the node, of how it is started, or of what it printed.
+    kind: String,
+}
+
+impl Why {
+    pub(super) fn hidden(kind: &str, error: impl Into<String>) -> Self {
+        Self {
+            error: error.into(),
+            kind: kind.to_owned(),
+        }
+    }
+}
+
+/// What hides nothing.
+impl From<String> for Why {
+    fn from(error: String) -> Self {
+        Self {
+            kind: error.clone(),
+            error,
+        }
+    }
+}
+
 pub(super) struct Record {
     pub(super) instance: Instance,
     /// As it is now: it may change while the instance runs.
@@ -41,6 +69,8 @@ impl Record {
                 first_healthy_at: None,
                 restarts: 0,
                 error: None,
+                failure: None,
+                last_log_line: None,
                 gpus: Vec::new(),
             },
             deployment: deployment.clone(),
@@ -82,13 +112,21 @@ impl Record {
         let instance = &mut self.instance;
         instance.state = InstanceState::Ready;
         instance.error = None;
+        instance.failure = None;
+        instance.last_log_line = None;
         instance.first_healthy_at.get_or_insert_with(Timestamp::now);
         self.tell();
     }
 
-    pub(super) fn error(&mut self, why: String) {
+    pub(super) fn error(&mut self, why: impl Into<Why>) {
         self.instance.state = InstanceState::Error;
-        self.instance.error = Some(why);
+        self.fails(why.into());
         self.tell();
+    }
+
+    /// Notes why, without telling it yet.
+    pub(super) fn fails(&mut self, why: Why) {
+        self.instance.error = Some(why.error);
+        self.instance.failure = Some(why.kind);
     }
 }

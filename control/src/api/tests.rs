@@ -879,6 +879,8 @@ async fn what_runs_is_shown() {
         first_healthy_at: None,
         restarts: 0,
         error: None,
+        failure: None,
+        last_log_line: None,
         gpus: vec![],
     });
     let got = weir

@@ -15,7 +15,7 @@ use crate::{
     coordination::{Load, Member, Signal, local::Local, take_part},
     directory::encode,
     model::{Instance, Version},
-    store::{Cursor, Record, Watch, embedded::Embedded},
+    store::{Cursor, Position, Record, Watch, embedded::Embedded},
 };
 
 /// For what should take milliseconds.
@@ -37,7 +37,7 @@ impl Store for Slow {
         &self,
         partition: Partition,
         prefix: &str,
-    ) -> Result<(Vec<Record>, u64), StoreError> {
+    ) -> Result<(Vec<Record>, Position), StoreError> {
         self.inner.list(partition, prefix).await
     }
     async fn commit(&self, partition: Partition, changes: Vec<Change>) -> Result<u64, StoreError> {

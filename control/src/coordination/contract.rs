@@ -63,6 +63,8 @@ fn instance(state: InstanceState, capacity: u32) -> Instance {
         first_healthy_at: None,
         restarts: 0,
         error: None,
+        failure: None,
+        last_log_line: None,
         gpus: vec![0, 3],
     }
 }

@@ -2,10 +2,45 @@
 
 use reqwest::Method;
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::support::{SOON, Server, WEIR, answered, eventually, kill, pid, refused};
+use crate::support::{SOON, Server, WEIR, answered, eventually, kill, pid, refused, text};
+
+#[tokio::test]
+async fn callers_are_told_the_kind_of_a_failure_and_not_what_the_instance_printed() {
+    let server = Server::start();
+    let command = ["sh", "-c", "echo postgres://admin:hunter2@db; exit 1"];
+    let function = server.function(&command, &[]).await;
+    // Nothing is waited for: it never is ready.
+    let one = json!({"gpu": "none", "minInstances": 0, "maxInstances": 1});
+    server
+        .post(
+            &function.deployment(),
+            &json!({"deploymentSpecifications": [one]}),
+        )
+        .await;
+    // The first one waits for the start, the second finds the function in ERROR.
+    for code in ["no-capacity", "not-invokable"] {
+        let response = server.call(Method::GET, &function, "/").send().await;
+        let response = response.unwrap();
+        refused(&response, 503, code);
+        let detail = text(&response.json::<Value>().await.unwrap()["detail"]);
+        assert!(
+            detail.contains("its instance failed: exited with status 1")
+                && !detail.contains("hunter2"),
+            "{detail}"
+        );
+    }
+    let instance = eventually("the failed instance", SOON, async || {
+        server.instances(&function, "error").await.pop()
+    })
+    .await;
+    assert_eq!(
+        instance["lastLogLine"], "postgres://admin:hunter2@db",
+        "{instance}"
+    );
+}
 
 #[tokio::test]
 async fn the_state_follows_what_becomes_of_the_instances() {

@@ -315,7 +315,7 @@ fn failed(name: &str, instance: &Instance) -> Vec<String> {
         instance.id.to_string(),
         instance.state.as_str().to_owned(),
         instance.restarts.to_string(),
-        instance.error.clone().unwrap_or_default(),
+        instance.error_and_log().unwrap_or_default(),
     ]
 }
 
