@@ -5,7 +5,7 @@
 //! The agent has a thread of its own, which lives as long as the agent: a
 //! child gets its parent-death signal when the thread that forked it ends.
 
-mod endpoint;
+pub(crate) mod endpoint;
 mod health;
 mod logs;
 mod ports;

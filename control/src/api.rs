@@ -20,6 +20,7 @@ mod tests;
 use std::{
     collections::HashMap,
     net::SocketAddr,
+    ops::RangeInclusive,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -63,6 +64,8 @@ pub struct Context {
     pub listeners: Vec<SocketAddr>,
     /// Functions an account may have.
     pub max_functions: usize,
+    /// Those that this node's agent gives its instances.
+    pub instance_ports: RangeInclusive<u16>,
 }
 
 /// What is so now and is in no store.

@@ -191,6 +191,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         open: args.auth == Auth::None,
         listeners: vec![listen, admin_address],
         max_functions: args.limits.max_functions.get(),
+        instance_ports: args.instance_ports.clone(),
     });
     let router = api::router(context).merge(health_routes(observed, stopping.clone()));
     let least = args.tls.tls_min_version;

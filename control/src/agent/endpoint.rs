@@ -1,6 +1,9 @@
 //! An instance that runs already: it is resolved, asked how it is, and let go.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    ops::RangeInclusive,
+};
 
 use tokio::time::{Instant, sleep};
 
@@ -27,6 +30,10 @@ pub(super) enum EndpointError {
         "endpoint '{0}' is refused: {1} is one of Weir's own listeners; make a version that names another"
     )]
     Own(String, SocketAddr),
+    #[error(
+        "endpoint '{0}' is refused: {1} is among the ports of this machine's own instances (--instance-ports)"
+    )]
+    Instances(String, SocketAddr),
 }
 
 /// Host as written, and port.
@@ -56,7 +63,14 @@ fn link_local(ip: IpAddr) -> bool {
 
 /// Whether a connection to the address ends on this machine.
 fn is_here(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
     ip.is_loopback() || ip.is_unspecified() || UdpSocket::bind((ip, 0)).is_ok()
+}
+
+/// Whether an agent on this machine gives its instances such addresses. They are one account's, and behind a
+/// queue and keys: nobody's endpoint.
+pub(crate) fn is_an_instances(address: SocketAddr, ports: &RangeInclusive<u16>) -> bool {
+    ports.contains(&address.port()) && is_here(address.ip())
 }
 
 fn own(address: SocketAddr, forbidden: &[SocketAddr]) -> bool {
@@ -119,7 +133,7 @@ fn is_number(part: &str) -> bool {
 async fn resolve(
     endpoint: &str,
     assignment: &Assignment,
-    forbidden: &[SocketAddr],
+    node: &Node,
 ) -> Result<Target, EndpointError> {
     let (host, port) = parse(endpoint)?;
     let version = &assignment.version;
@@ -138,8 +152,11 @@ async fn resolve(
         }
         let health = SocketAddr::new(address.ip(), version.health.port.unwrap_or(port));
         for used in [address, health] {
-            if own(used, forbidden) {
+            if own(used, &node.forbidden) {
                 return Err(EndpointError::Own(endpoint.to_owned(), used));
+            }
+            if is_an_instances(used, &node.ports.range()) {
+                return Err(EndpointError::Instances(endpoint.to_owned(), used));
             }
         }
         // Of a name with several addresses, an IPv4 one: most servers have it.
@@ -176,7 +193,7 @@ pub(super) async fn supervise(
                 Some(Order::Drain) => { record.drain(); continue }
                 Some(Order::Suspect) => continue,
             },
-            target = resolve(&endpoint, assignment, &node.forbidden) => target,
+            target = resolve(&endpoint, assignment, node) => target,
         };
         let target = match target {
             Ok(target) => target,
@@ -341,6 +358,21 @@ mod tests {
         assert!(!own(at("192.0.2.1:8080"), &any));
         let one = [at("127.0.0.1:8080")];
         assert!(own(at("0.0.0.0:8080"), &one) && !own(at("127.0.0.2:8080"), &one));
+        for (name, theirs) in [
+            ("127.0.0.1:20000", true),
+            ("127.9.9.9:20999", true),
+            ("0.0.0.0:20000", true),
+            ("[::1]:20000", true),
+            ("[::ffff:127.0.0.1]:20000", true),
+            ("127.0.0.1:19999", false),
+            ("192.0.2.1:20000", false),
+        ] {
+            assert_eq!(
+                is_an_instances(at(name), &(20000..=20999)),
+                theirs,
+                "{name}"
+            );
+        }
         assert!(link_local("169.254.169.254".parse().unwrap()));
         assert!(link_local("::ffff:169.254.1.1".parse().unwrap()));
         assert!(link_local("fe80::1".parse().unwrap()));

@@ -37,6 +37,10 @@ impl Ports {
         })))
     }
 
+    pub(super) fn range(&self) -> RangeInclusive<u16> {
+        self.state().range.clone()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -670,14 +670,21 @@ async fn endpoints_are_ready_and_down() {
 
 #[tokio::test]
 async fn endpoints_that_must_not_be_named_are_refused() {
-    let mut rig = rig();
+    let mut rig = rig_with(|c| c.ports = 20_000..=29_999);
     for (url, why) in [
         ("http://169.254.169.254:80", "link-local"),
         ("http://[fe80::1]:80", "link-local"),
         ("http://127.0.0.1:9", "Weir's own listeners"),
+        ("http://localhost:20001", "this machine's own instances"),
+        ("http://127.0.0.1:20001", "this machine's own instances"),
+        // Asked for its health there.
+        ("http://127.0.0.1:7", "127.0.0.1:29999 is among the ports"),
         ("ftp://x", "not an endpoint"),
     ] {
-        let a = endpoint(url.to_owned());
+        let mut a = endpoint(url.to_owned());
+        if url.ends_with(":7") {
+            Arc::make_mut(&mut a.version).health.port = Some(29_999);
+        }
         rig.agent.run(a.clone());
         let error = rig.failed().await;
         assert!(error.contains(why), "{error}");

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr},
 };
 
 use axum::{Json, extract::State};
@@ -18,7 +18,7 @@ use super::{
     no_version, retried,
 };
 use crate::{
-    agent::{forbidden, reserved},
+    agent::{endpoint::is_an_instances, forbidden, reserved},
     directory::{FunctionView, VersionView, encode, record},
     model::{
         Deployment, FunctionId, FunctionState, Health, HealthProtocol, Instance, InstanceState,
@@ -422,11 +422,11 @@ fn checked_rate_limit(limit: &RateLimitBody) -> Result<RateLimit, Problem> {
     })
 }
 
-/// `listeners` are Weir's own, and `health` the port that is asked for an instance's health, where it is another.
+/// `ports`: those beside its own that an endpoint is asked on, and their members' names.
 fn checked_endpoints(
+    api: &super::Api,
     endpoints: Vec<String>,
-    health: Option<u16>,
-    listeners: &[SocketAddr],
+    ports: [(&str, Option<u16>); 2],
 ) -> Result<Vec<String>, Problem> {
     check(!endpoints.is_empty(), "endpoints: at least one is needed")?;
     let mut seen = HashSet::new();
@@ -453,9 +453,27 @@ fn checked_endpoints(
             ));
         };
         let host = host.to_ascii_lowercase();
-        let ports = [port, health.unwrap_or(port)];
-        if let Some(why) = forbidden(&host, &ports, listeners) {
+        let asked = [port, ports[1].1.unwrap_or(port)];
+        if let Some(why) = forbidden(&host, &asked, &api.listeners) {
             return Err(wrong(why));
+        }
+        // Of other names the agent finds out, each time that it resolves them.
+        let ip = match host.trim_matches(['[', ']']) {
+            "localhost" => Some(IpAddr::from(Ipv4Addr::LOCALHOST)),
+            literal => literal.parse::<IpAddr>().ok().map(|ip| ip.to_canonical()),
+        };
+        let own = [("its port", Some(port))];
+        for (name, port) in own.iter().chain(&ports) {
+            let theirs = ip
+                .zip(*port)
+                .is_some_and(|address| is_an_instances(address.into(), &api.instance_ports));
+            if theirs {
+                return Err(wrong(&format!(
+                    "is this machine, and {name} is among those of its own instances ({}-{}, --instance-ports): take another port",
+                    api.instance_ports.start(),
+                    api.instance_ports.end()
+                )));
+            }
         }
         let clean = format!("http://{host}:{port}");
         if !seen.insert(clean.clone()) {
@@ -588,7 +606,11 @@ impl CreateFunctionRequest {
             (None, Some(endpoints)) => {
                 caller.needs("register_endpoints")?;
                 let health = self.health.as_ref().and_then(|health| health.port);
-                Launch::Endpoints(checked_endpoints(endpoints, health, &api.listeners)?)
+                let ports = [
+                    ("inferencePort", self.inference_port),
+                    ("health.port", health),
+                ];
+                Launch::Endpoints(checked_endpoints(api, endpoints, ports)?)
             }
             (None, None) => {
                 return Err(Problem::bad(

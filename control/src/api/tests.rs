@@ -68,6 +68,7 @@ async fn weir_with(max_functions: usize) -> Weir {
         ))),
         open: false,
         max_functions,
+        instance_ports: 20_000..=29_999,
     });
     Weir {
         router: router(context.clone()),
@@ -414,6 +415,42 @@ async fn a_wrong_function_is_refused_with_the_reason() {
         weir.post("/v2/nvcf/functions", endpoints(all))
             .await
             .problem(400, "bad-request", says);
+    }
+    let by_health = |port: u16| {
+        with(
+            endpoints(json!(["http://[::1]:80"])),
+            "health",
+            with(health.clone(), "port", json!(port)),
+        )
+    };
+    let served = |port: u16| {
+        with(
+            endpoints(json!(["http://localhost:80"])),
+            "inferencePort",
+            json!(port),
+        )
+    };
+    for (body, says) in [
+        (
+            endpoints(json!(["http://127.0.0.1:20000"])),
+            "its port is among",
+        ),
+        (
+            endpoints(json!(["http://LOCALHOST:29999"])),
+            "--instance-ports",
+        ),
+        (by_health(20_000), "health.port is among"),
+        (served(20_000), "inferencePort is among"),
+    ] {
+        weir.post("/v2/nvcf/functions", body)
+            .await
+            .problem(400, "bad-request", says);
+    }
+    for body in [
+        endpoints(json!(["http://192.0.2.1:20000", "http://127.0.0.1:19999"])),
+        by_health(30_000),
+    ] {
+        weir.post("/v2/nvcf/functions", body).await.ok();
     }
     weir.post(
         "/v2/nvcf/functions",
@@ -1050,6 +1087,7 @@ async fn says_what_is_not_known_of_a_change() {
             open: false,
             max_functions: 1000,
             listeners: vec![],
+            instance_ports: 20000..=29999,
         })),
         context: weir.context.clone(),
         _dir: tempfile::tempdir().unwrap(),
