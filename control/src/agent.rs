@@ -35,6 +35,7 @@ use tokio::{
     task::JoinSet,
 };
 
+pub use self::logs::LogOwner;
 use self::{logs::Logs, ports::Ports, process::Process, record::Record};
 use crate::{
     gpu::{Gpu, GpuPool},
@@ -236,6 +237,12 @@ impl Agent {
     #[must_use]
     pub fn logs(&self, instance: InstanceId, tail: usize) -> Option<String> {
         self.logs.read(instance, tail)
+    }
+
+    /// Whose those lines are.
+    #[must_use]
+    pub fn log_owner(&self, instance: InstanceId) -> Option<LogOwner> {
+        self.logs.owner(instance)
     }
 
     /// Stops every instance and takes no new ones.

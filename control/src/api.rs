@@ -45,6 +45,7 @@ use uuid::Uuid;
 
 use self::{json::Names, problem::Problem};
 use crate::{
+    agent::LogOwner,
     auth,
     directory::{Directory, FunctionView, VersionView, decode, encode, record},
     model::{AccountId, Deployment, FunctionId, InstanceId, Key, KeyId, Version, VersionId},
@@ -78,6 +79,8 @@ pub trait Runtime: Send + Sync {
     fn position(&self, request: Uuid) -> Option<(FunctionId, VersionId, usize)>;
     /// The last `tail` lines that an instance wrote.
     fn logs(&self, instance: InstanceId, tail: usize) -> Option<String>;
+    /// Whose those lines are, also of an instance that is gone.
+    fn log_owner(&self, instance: InstanceId) -> Option<LogOwner>;
     /// The autoscaler's decisions, oldest first.
     fn decisions(&self, version: VersionId) -> Vec<serde_json::Value>;
     fn nodes(&self) -> Vec<serde_json::Value>;

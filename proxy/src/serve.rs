@@ -23,7 +23,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 use weir_control::{
-    agent::{Agent, AgentConfig},
+    agent::{Agent, AgentConfig, LogOwner},
     api, auth,
     controller::{Controller, Decisions, Slots},
     coordination::{Coordination, Load, Member, local::Local, take_part},
@@ -499,6 +499,9 @@ impl api::Runtime for Facts {
     }
     fn logs(&self, instance: InstanceId, tail: usize) -> Option<String> {
         self.agent.logs(instance, tail)
+    }
+    fn log_owner(&self, instance: InstanceId) -> Option<LogOwner> {
+        self.agent.log_owner(instance)
     }
     fn decisions(&self, version: VersionId) -> Vec<serde_json::Value> {
         let decisions = self.decisions.of(version);

@@ -1,18 +1,22 @@
 //! What instances print, kept on disk: two files for each, the current one and
-//! the one before it, so that the newest half of the limit is always there.
+//! the one before it, so that the newest half of the limit is always there, and
+//! beside them whose they are.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
 };
 
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use tokio::{io::AsyncReadExt, net::unix::pipe};
 
-use crate::model::InstanceId;
+use crate::model::{AccountId, FunctionId, InstanceId, Version, VersionId};
 
 /// Bytes kept for one instance.
 const LIMIT: u64 = 1 << 20;
@@ -20,6 +24,28 @@ const LIMIT: u64 = 1 << 20;
 const KEPT: usize = 100;
 /// Of the last line that an error quotes.
 const QUOTE: usize = 300;
+
+/// Whose an instance was, for as long as its log is kept.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LogOwner {
+    pub account: AccountId,
+    pub function: FunctionId,
+    pub version: VersionId,
+    /// An account of the same name that is younger is another one.
+    pub since: Timestamp,
+}
+
+impl LogOwner {
+    pub(super) fn of(version: &Version) -> Self {
+        Self {
+            account: version.account.clone(),
+            function: version.function,
+            version: version.id,
+            since: Timestamp::now(),
+        }
+    }
+}
 
 #[derive(Clone)]
 pub(super) struct Logs {
@@ -42,6 +68,16 @@ impl Logs {
         )
     }
 
+    fn owner_file(&self, instance: InstanceId) -> PathBuf {
+        self.dir.join(format!("{instance}.json"))
+    }
+
+    /// Whose log it is; none where none is kept.
+    pub(super) fn owner(&self, instance: InstanceId) -> Option<LogOwner> {
+        let text = fs::read(self.owner_file(instance)).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
     /// The last `tail` lines.
     pub(super) fn read(&self, instance: InstanceId, tail: usize) -> Option<String> {
         let (older, newer) = self.files(instance);
@@ -57,9 +93,10 @@ impl Logs {
         Some(lines[lines.len().saturating_sub(tail)..].concat())
     }
 
-    pub(super) fn writer(&self, instance: InstanceId) -> Writer {
+    pub(super) fn writer(&self, instance: InstanceId, owner: LogOwner) -> Writer {
         let (older, newer) = self.files(instance);
         Writer {
+            owner: Some((self.owner_file(instance), owner)),
             older,
             newer,
             file: None,
@@ -73,27 +110,33 @@ impl Logs {
         let Ok(entries) = fs::read_dir(&self.dir) else {
             return;
         };
-        let mut gone: Vec<_> = entries
-            .flatten()
-            .filter_map(|entry| {
-                let name = entry.file_name().into_string().ok()?;
-                let id: InstanceId = name.strip_suffix(".log")?.parse().ok()?;
-                let modified = entry.metadata().ok()?.modified().ok()?;
-                (!alive.contains(&id)).then_some((modified, id))
-            })
-            .collect();
+        // An instance may have any of its files: its log was moved just when it ended, or it never printed more.
+        let mut written = HashMap::<InstanceId, SystemTime>::new();
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let id = name
+                .to_str()
+                .and_then(|name| name.split_once('.')?.0.parse().ok());
+            let modified = entry.metadata().and_then(|data| data.modified());
+            if let (Some(id), Ok(modified)) = (id, modified)
+                && !alive.contains(&id)
+            {
+                let newest = written.entry(id).or_insert(modified);
+                *newest = modified.max(*newest);
+            }
+        }
+        let mut gone: Vec<_> = written.into_iter().map(|(id, at)| (at, id)).collect();
         gone.sort_unstable();
         let surplus = gone.len().saturating_sub(KEPT);
         for (_, id) in gone.into_iter().take(surplus) {
             let (older, newer) = self.files(id);
-            for path in [older, newer] {
+            for path in [older, newer, self.owner_file(id)] {
                 drop(fs::remove_file(path));
             }
         }
     }
 }
 
-/// Writes one instance's log, over all its starts.
 #[derive(Clone)]
 pub(super) struct LastLine(Arc<Mutex<Vec<u8>>>);
 
@@ -112,7 +155,10 @@ impl LastLine {
     }
 }
 
+/// Writes one instance's log, over all its starts.
 pub(super) struct Writer {
+    /// Until it is written, with the log's first line.
+    owner: Option<(PathBuf, LogOwner)>,
     older: PathBuf,
     newer: PathBuf,
     file: Option<(File, u64)>,
@@ -136,11 +182,11 @@ impl Writer {
         let (mut file, mut written) = match self.file.take() {
             Some(open) => open,
             None => {
-                let file = OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .mode(0o600)
-                    .open(&self.newer)?;
+                if let Some((path, owner)) = &self.owner {
+                    private(path)?.write_all(&serde_json::to_vec(owner)?)?;
+                    self.owner = None;
+                }
+                let file = private(&self.newer)?;
                 let written = file.metadata()?.len();
                 (file, written)
             }
@@ -172,9 +218,44 @@ impl Writer {
     }
 }
 
+/// Appends to a file that is nobody else's to read.
+fn private(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn owner() -> LogOwner {
+        LogOwner {
+            account: AccountId::default_account(),
+            function: FunctionId::random(),
+            version: VersionId::random(),
+            since: Timestamp::now(),
+        }
+    }
+
+    #[test]
+    fn whose_a_log_is_is_known_as_long_as_it_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (id, owner) = (InstanceId::random(), owner());
+        let mut writer = Logs::open(dir.path()).unwrap().writer(id, owner.clone());
+        // By the next process too.
+        let logs = Logs::open(dir.path()).unwrap();
+        assert_eq!(logs.owner(id), None, "nothing was printed");
+        writer.limit = 4;
+        for _ in 0..3 {
+            writer.write(b"line\n").unwrap();
+        }
+        assert_eq!(logs.owner(id), Some(owner));
+        assert!(!dir.path().join(format!("logs/{id}.log")).exists());
+        assert!(logs.read(id, 1).is_some());
+    }
 
     #[test]
     fn a_log_is_bounded_and_keeps_its_end() {
@@ -182,7 +263,7 @@ mod tests {
         let logs = Logs::open(dir.path()).unwrap();
         let id = InstanceId::random();
         assert_eq!(logs.read(id, 5), None);
-        let mut writer = logs.writer(id);
+        let mut writer = logs.writer(id, owner());
         writer.limit = 1000;
         for n in 0..1000 {
             writer.write(format!("line {n}\n").as_bytes()).unwrap();
@@ -199,10 +280,11 @@ mod tests {
         fs::create_dir(dir.path().join("logs")).unwrap();
         let logs = Logs::open(dir.path()).unwrap();
         let id = InstanceId::random();
-        logs.writer(id).write(b"x\n").unwrap();
+        logs.writer(id, owner()).write(b"x\n").unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(&logs.dir), 0o700);
         assert_eq!(mode(&logs.files(id).1), 0o600);
+        assert_eq!(mode(&logs.owner_file(id)), 0o600);
     }
 
     #[test]
@@ -210,14 +292,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let logs = Logs::open(dir.path()).unwrap();
         let live = InstanceId::random();
-        for id in std::iter::once(live).chain((0..KEPT + 5).map(|_| InstanceId::random())) {
-            logs.writer(id).write(b"x\n").unwrap();
+        for (n, id) in std::iter::once(live)
+            .chain((0..KEPT + 5).map(|_| InstanceId::random()))
+            .enumerate()
+        {
+            let mut writer = logs.writer(id, owner());
+            // Every other one has nothing but what was moved away.
+            writer.limit = [1000, 1][n % 2];
+            writer.write(b"x\n").unwrap();
         }
         logs.prune(&HashSet::from([live]));
-        assert_eq!(
-            fs::read_dir(dir.path().join("logs")).unwrap().count(),
-            KEPT + 1
-        );
-        assert!(logs.read(live, 1).is_some());
+        let kept: Vec<_> = fs::read_dir(dir.path().join("logs"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        let (owners, logs_kept) = kept.iter().partition::<Vec<_>, _>(|n| n.ends_with(".json"));
+        assert_eq!((owners.len(), logs_kept.len()), (KEPT + 1, KEPT + 1));
+        assert!(logs.read(live, 1).is_some() && logs.owner(live).is_some());
     }
 }

@@ -15,7 +15,7 @@ use tokio::{
 use super::{
     Assignment, Node, Order, Orders,
     health::{Check, Probes, Verdict, Watch},
-    logs::Writer,
+    logs::{LogOwner, Writer},
     procs::{self, Holder},
     record::{Record, Why},
     spawn::{self, Started},
@@ -95,7 +95,10 @@ impl Process<'_> {
         if let Some(devices) = &devices {
             self.record.instance.gpus = devices.gpus().map(|g| g.index).collect();
         }
-        let mut writer = self.node.logs.writer(self.assignment.instance);
+        let mut writer = self.node.logs.writer(
+            self.assignment.instance,
+            LogOwner::of(&self.assignment.version),
+        );
         let last = writer.last();
         loop {
             last.clear();

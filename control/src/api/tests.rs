@@ -14,7 +14,10 @@ use crate::{
     store::{Cursor, Position, Record, StoreError, Watch, embedded::Embedded},
 };
 
-struct Still;
+#[derive(Default)]
+struct Still {
+    log_owners: Mutex<HashMap<InstanceId, LogOwner>>,
+}
 impl Runtime for Still {
     fn queue_depth(&self, _: VersionId) -> usize {
         3
@@ -27,6 +30,9 @@ impl Runtime for Still {
     }
     fn logs(&self, _: InstanceId, tail: usize) -> Option<String> {
         Some(format!("{tail} lines\n"))
+    }
+    fn log_owner(&self, instance: InstanceId) -> Option<LogOwner> {
+        self.log_owners.lock().unwrap().get(&instance).cloned()
     }
     fn decisions(&self, _: VersionId) -> Vec<Value> {
         vec![]
@@ -42,6 +48,7 @@ impl Runtime for Still {
 struct Weir {
     router: Router,
     context: Arc<Context>,
+    still: Arc<Still>,
     _dir: tempfile::TempDir,
 }
 
@@ -57,11 +64,12 @@ async fn weir_with(max_functions: usize) -> Weir {
     let (directory, feed) = Directory::load(&*store).await.unwrap();
     let (follower, source) = (directory.clone(), store.clone());
     tokio::spawn(async move { follower.follow(&*source, feed).await });
+    let still = Arc::new(Still::default());
     let context = Arc::new(Context {
         listeners: vec![],
         store,
         directory,
-        runtime: Arc::new(Still),
+        runtime: still.clone(),
         admin: Some(Arc::new(auth::admin_key(
             auth::ENVIRONMENT_KEY,
             hash(ADMIN),
@@ -73,6 +81,7 @@ async fn weir_with(max_functions: usize) -> Weir {
     Weir {
         router: router(context.clone()),
         context,
+        still,
         _dir: dir,
     }
 }
@@ -961,6 +970,48 @@ async fn what_runs_is_shown() {
     weir.get(&format!("/v2/nvcf/queues/{}/position", Uuid::new_v4()))
         .await
         .problem(404, "not-found", "no queue");
+}
+
+#[tokio::test]
+async fn the_logs_of_an_instance_that_is_gone_are_its_accounts() {
+    let weir = weir().await;
+    let account = async |name: &str| {
+        let made = json!({"ncaId": name, "name": name});
+        weir.post("/v2/nvcf/accounts", made).await.ok();
+        let scopes = json!(["list_functions_details"]);
+        weir.key(json!({"name": name, "account": name, "scopes": scopes}))
+            .await
+    };
+    let (a, b) = (account("a").await, account("b").await);
+    let function = FunctionId::random();
+    let gone = |since: Timestamp| {
+        let (id, account) = (InstanceId::random(), AccountId("a".into()));
+        let version = VersionId::random();
+        weir.still.log_owners.lock().unwrap().insert(
+            id,
+            LogOwner {
+                account,
+                function,
+                version,
+                since,
+            },
+        );
+        format!("/v2/weir/instances/{id}/logs")
+    };
+    let logs = gone(Timestamp::now());
+    for key in [&a, ADMIN] {
+        let read = weir.call(key, "GET", &logs, json!({})).await.ok();
+        assert_eq!(read, "1000 lines\n");
+    }
+    let limited = json!({"name": "l", "account": "a", "scopes": ["list_functions_details"], "functions": [FunctionId::random()]});
+    let limited = weir.key(limited).await;
+    // Of one that had the account's name before.
+    let older = gone(Timestamp::UNIX_EPOCH);
+    for (key, path) in [(&b, &logs), (&limited, &logs), (&a, &older)] {
+        weir.call(key, "GET", path, json!({}))
+            .await
+            .problem(404, "not-found", "no instance");
+    }
 }
 
 #[tokio::test]

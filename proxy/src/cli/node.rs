@@ -17,7 +17,7 @@ use super::{
 pub struct Logs {
     #[command(flatten)]
     common: Common,
-    /// The instance's ID, or its beginning; `weir status --instances` shows them
+    /// The instance's ID, also of one that is gone; `weir status --instances` shows those there are
     instance: Id,
     /// The last lines only
     #[arg(long, value_name = "N")]
