@@ -206,6 +206,11 @@ pub struct Health {
     pub expected_status_code: u16,
 }
 
+impl Health {
+    /// One that hangs is given up after three of them, all but at the same time.
+    pub const MAX_TIMEOUT: IsoDuration = IsoDuration::secs(60);
+}
+
 /// A rate limit: `<n>-<S|M|H|D>`, a comma list, each unit once.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]

@@ -17,7 +17,10 @@ use crate::model::Health;
 
 /// In flight at a time while an instance starts.
 const OVERLAP: usize = 6;
-const WATCH_EVERY: Duration = Duration::from_secs(1);
+/// An instance that nobody listens for any more is noticed within a second.
+const WATCH_EVERY: Duration = Duration::from_millis(900);
+/// Misses in a row are not counted more often.
+const MISS_EVERY: Duration = Duration::from_millis(800);
 const DOUBT_EVERY: Duration = Duration::from_millis(100);
 /// A proxy that could not connect is waiting for this answer.
 const SUSPECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -70,7 +73,12 @@ impl Check {
                 false => format!("/{}", health.uri),
             },
             expected: health.expected_status_code,
-            timeout: health.timeout.0.max(Duration::from_millis(1)),
+            // Versions from before the limit have any.
+            timeout: health
+                .timeout
+                .min(Health::MAX_TIMEOUT)
+                .0
+                .max(Duration::from_millis(1)),
         }
     }
 
@@ -218,19 +226,28 @@ impl Probes {
 #[derive(Clone, Debug)]
 pub(super) enum Verdict {
     Well,
-    /// A proxy's suspicion is right.
+    /// A proxy's suspicion is right, or nobody listens.
     Doubtful(ProbeError),
     /// Failed several times in a row.
     Ill(ProbeError),
 }
 
-/// Asks an instance that was ready, every second.
+/// A question to a watched instance.
+struct Asked {
+    /// By a proxy's suspicion.
+    suspected: bool,
+    answer: Probe,
+}
+
+/// Asks an instance that was ready, about every second, whether it still
+/// hangs on an earlier question or not.
 pub(super) struct Watch {
     check: Check,
     next: Instant,
-    flight: Option<Probe>,
-    suspected: bool,
+    flight: Vec<Asked>,
     misses: u32,
+    /// When the last miss was counted.
+    missed: Option<Instant>,
 }
 
 impl Watch {
@@ -238,46 +255,66 @@ impl Watch {
         Self {
             check,
             next: Instant::now() + WATCH_EVERY,
-            flight: None,
-            suspected: false,
+            flight: Vec::new(),
             misses: 0,
+            missed: None,
         }
     }
 
     /// A proxy could not connect: ask now.
     pub(super) fn suspect(&mut self) {
-        if !self.suspected {
-            self.suspected = true;
-            self.flight = Some(self.check.probe(self.check.timeout.min(SUSPECT_TIMEOUT)));
+        if !self.flight.iter().any(|asked| asked.suspected) {
+            let limit = self.check.timeout.min(SUSPECT_TIMEOUT);
+            self.ask(true, limit);
         }
+    }
+
+    fn ask(&mut self, suspected: bool, limit: Duration) {
+        let answer = self.check.probe(limit);
+        self.flight.push(Asked { suspected, answer });
     }
 
     /// May be dropped and called again.
     pub(super) async fn verdict(&mut self) -> Verdict {
         loop {
-            let Some(probe) = &mut self.flight else {
-                sleep_until(self.next).await;
-                self.flight = Some(self.check.probe(self.check.timeout));
-                continue;
+            // What could not be the last miss in a row is not asked: so many hang at a time at most.
+            let may_ask = self.flight.len() < MISSES as usize;
+            let landed = poll_fn(|cx| {
+                for at in 0..self.flight.len() {
+                    if let Poll::Ready(result) = self.flight[at].answer.as_mut().poll(cx) {
+                        return Poll::Ready((self.flight.remove(at).suspected, result));
+                    }
+                }
+                Poll::Pending
+            });
+            let (suspected, result) = tokio::select! {
+                biased;
+                landed = landed => landed,
+                () = sleep_until(self.next), if may_ask => {
+                    self.next = Instant::now() + WATCH_EVERY;
+                    self.ask(false, self.check.timeout);
+                    continue;
+                }
             };
-            let result = probe.await;
-            self.flight = None;
-            let suspected = std::mem::take(&mut self.suspected);
+            let now = Instant::now();
             let Err(error) = result else {
-                self.misses = 0;
-                self.next = Instant::now() + WATCH_EVERY;
+                // Whatever was asked before hangs for another reason, or on its way.
+                self.flight.clear();
+                (self.misses, self.missed) = (0, None);
+                self.next = now + WATCH_EVERY;
                 return Verdict::Well;
             };
-            self.misses += 1;
-            self.next = Instant::now()
-                + match suspected {
-                    true => DOUBT_EVERY,
-                    false => WATCH_EVERY,
-                };
+            // Not each of many refusals in a second: what starts anew has a moment for it.
+            if self.missed.is_none_or(|last| now - last >= MISS_EVERY) {
+                self.misses += 1;
+                self.missed = Some(now);
+            }
             if self.misses >= MISSES {
                 return Verdict::Ill(error);
             }
-            if suspected {
+            // Nobody listens there, and so nobody is to be sent there.
+            if suspected || matches!(error, ProbeError::Refused) {
+                self.next = self.next.min(now + DOUBT_EVERY);
                 return Verdict::Doubtful(error);
             }
         }
@@ -300,6 +337,73 @@ mod tests {
             assert!(gap < bound, "{since:?}: {gap:?}");
             since += gap;
         }
+    }
+
+    fn check(address: SocketAddr, timeout: u64) -> Check {
+        let health = Health {
+            protocol: crate::model::HealthProtocol::HTTP,
+            uri: "/".into(),
+            port: None,
+            timeout: crate::model::IsoDuration::secs(timeout),
+            expected_status_code: 200,
+        };
+        Check::new(&health, address, "x".into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_hangs_is_given_up_after_one_timeout_not_three() {
+        // The kernel takes the connections, and nobody ever answers.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let began = Instant::now();
+        let mut watch = Watch::new(check(listener.local_addr().unwrap(), 10));
+        let Verdict::Ill(error) = watch.verdict().await else {
+            panic!("neither well nor doubtful");
+        };
+        assert!(matches!(error, ProbeError::TimedOut(_)), "{error}");
+        assert_eq!(
+            began.elapsed().as_secs(),
+            12,
+            "of a clock that stands still"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_timeout_has_a_bound() {
+        let check = check("127.0.0.1:1".parse().unwrap(), 360_000);
+        assert_eq!(check.timeout, Health::MAX_TIMEOUT.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_nobody_listens_for_is_doubtful_at_once() {
+        // Bound, and not listening.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let began = Instant::now();
+        let mut watch = Watch::new(check(socket.local_addr().unwrap(), 10));
+        let first = watch.verdict().await;
+        assert!(matches!(first, Verdict::Doubtful(ProbeError::Refused)));
+        assert!(began.elapsed() < Duration::from_secs(1));
+        // Three misses, and not three of the many in one second.
+        let mut doubts = 1;
+        while !matches!(watch.verdict().await, Verdict::Ill(ProbeError::Refused)) {
+            doubts += 1;
+        }
+        assert!(doubts > 10, "{doubts}");
+        // It is back.
+        drop(watch);
+        let listener = socket.listen(8).unwrap();
+        let mut watch = Watch::new(check(listener.local_addr().unwrap(), 10));
+        let answering = async {
+            use tokio::io::AsyncWriteExt as _;
+            let (hangs, _) = listener.accept().await.unwrap();
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let well = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+            stream.write_all(well).await.unwrap();
+            (hangs, stream)
+        };
+        let (verdict, _open) = tokio::join!(watch.verdict(), answering);
+        assert!(matches!(verdict, Verdict::Well), "{verdict:?}");
+        assert!(watch.flight.is_empty());
     }
 
     #[test]

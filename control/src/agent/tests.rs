@@ -660,10 +660,9 @@ async fn endpoints_are_ready_and_down() {
     server.abort();
     // Without a suspicion, its health check says so.
     let error = rig.failed().await;
-    assert!(
-        error.starts_with("health check failed 3 times in a row"),
-        "{error}"
-    );
+    assert!(error.starts_with("health check failed: "), "{error}");
+    let ill = "health check failed 3 times in a row: connection refused";
+    rig.until(|i| i.error.as_deref() == Some(ill)).await;
     rig.agent.stop(a.instance);
     rig.gone(a.instance).await;
 }

@@ -52,7 +52,7 @@ pub(crate) struct HealthRequest {
     uri: String,
     /// 1 to 65535; default: the instance's own port.
     port: Option<u16>,
-    /// Longest wait for an answer.
+    /// Longest wait for an answer, at most PT1M.
     timeout: IsoDuration,
     /// Status that means healthy, 100 to 599.
     expected_status_code: u16,
@@ -627,8 +627,11 @@ impl CreateFunctionRequest {
             Some(health) => {
                 check(health.port != Some(0), "health.port: has to be 1 to 65535")?;
                 check(
-                    !health.timeout.0.is_zero(),
-                    "health.timeout: has to be above 0",
+                    !health.timeout.0.is_zero() && health.timeout <= Health::MAX_TIMEOUT,
+                    format!(
+                        "health.timeout: has to be above 0 and at most {}",
+                        Health::MAX_TIMEOUT
+                    ),
                 )?;
                 check(
                     (100..=599).contains(&health.expected_status_code),

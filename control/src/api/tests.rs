@@ -375,6 +375,11 @@ async fn a_wrong_function_is_refused_with_the_reason() {
             with(health.clone(), "timeout", json!("10")),
             "health.timeout",
         ),
+        (
+            "health",
+            with(health.clone(), "timeout", json!("PT61S")),
+            "health.timeout: has to be above 0 and at most PT1M",
+        ),
         ("health", json!({"uri": "/h"}), "health.protocol: is needed"),
         (
             "rateLimit",
