@@ -47,7 +47,9 @@ pub(crate) use endpoint::forbidden;
 /// Whether Weir alone sets this variable of an instance's environment.
 #[must_use]
 pub fn reserved(variable: &str) -> bool {
-    variable == "PORT" || variable.starts_with("WEIR_")
+    matches!(variable, "PORT" | "CUDA_VISIBLE_DEVICES")
+        || variable.starts_with("NVCF_")
+        || variable.starts_with("WEIR_")
 }
 
 /// What an agent needs to know about its node.

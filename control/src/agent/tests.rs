@@ -315,6 +315,8 @@ async fn the_environment_is_what_is_specified() {
         ("PORT", "1"),
         ("WEIR_AGENT", "x"),
         ("PORT=1", "x"),
+        ("CUDA_VISIBLE_DEVICES", "0,1"),
+        ("NVCF_NCA_ID", "other"),
         ("LANG", "de"),
     ];
     let a = process(&["sh", "-c", script], &env);

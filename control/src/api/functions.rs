@@ -588,7 +588,7 @@ impl CreateFunctionRequest {
                     check(
                         !reserved(&variable.key),
                         format!(
-                            "process.env[{at}]: {} is Weir's to set: choose another name than PORT and WEIR_…",
+                            "process.env[{at}]: {} is Weir's to set: choose another name than PORT, CUDA_VISIBLE_DEVICES, NVCF_… and WEIR_…",
                             variable.key
                         ),
                     )?;

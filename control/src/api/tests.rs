@@ -406,6 +406,16 @@ async fn a_wrong_function_is_refused_with_the_reason() {
         ),
         (
             "process",
+            json!({"command": ["a"], "env": [{"key": "CUDA_VISIBLE_DEVICES", "value": "0,1"}]}),
+            "process.env[0]: CUDA_VISIBLE_DEVICES is Weir's to set",
+        ),
+        (
+            "process",
+            json!({"command": ["a"], "env": [{"key": "NVCF_NCA_ID", "value": "other"}]}),
+            "process.env[0]: NVCF_NCA_ID is Weir's to set",
+        ),
+        (
+            "process",
             json!({"command": ["a", 5]}),
             "process.command[1]",
         ),
