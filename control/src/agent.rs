@@ -61,6 +61,9 @@ pub struct AgentConfig {
     pub ports: RangeInclusive<u16>,
     /// Who instances run as when the agent is root; default `nobody`.
     pub user: Option<String>,
+    /// How many files an instance may open at first, where that is not as many as this process may: the limit that
+    /// Weir was started with.
+    pub open_files: Option<u64>,
     /// Discovered or declared.
     pub gpus: Vec<Gpu>,
     /// Weir's own listeners, which no endpoint may name.
@@ -132,6 +135,7 @@ struct Node {
     id: String,
     data_dir: PathBuf,
     user: String,
+    open_files: Option<u64>,
     forbidden: Vec<SocketAddr>,
     kill_after: Duration,
     ports: Ports,
@@ -178,6 +182,7 @@ impl Agent {
             name: config.node,
             data_dir,
             user: config.user.unwrap_or_else(|| "nobody".to_owned()),
+            open_files: config.open_files,
             forbidden: config.forbidden,
             kill_after: config.kill_after,
             _lock: lock,

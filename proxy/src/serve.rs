@@ -57,14 +57,15 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT, and then as long as the grace allows.
 pub fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
-    raise_file_limit();
+    let open_files = raise_file_limit();
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run(args))
+    runtime.block_on(run(args, open_files))
 }
 
-async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+/// `open_files`: the limit that Weir was started with.
+async fn run(args: &ServeArgs, open_files: Option<u64>) -> anyhow::Result<ExitCode> {
     // A file that may not grow is an error of whoever writes it, not the end of the process.
     let _heard = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?;
     fs::create_dir_all(&args.data_dir).with_context(|| {
@@ -108,6 +109,7 @@ async fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             data_dir: data_dir.clone(),
             ports: args.instance_ports.clone(),
             user: args.instance_user.clone(),
+            open_files,
             gpus: gpus.clone(),
             forbidden: vec![listen, admin_address],
             kill_after: AgentConfig::KILL_AFTER,
@@ -408,8 +410,8 @@ fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// As many open files as the hard limit allows: a connection is one.
-fn raise_file_limit() {
+/// As many open files as the hard limit allows: a connection is one. Answers what the limit was.
+fn raise_file_limit() -> Option<u64> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     _ = setrlimit(
@@ -419,6 +421,7 @@ fn raise_file_limit() {
             maximum: limit.maximum,
         },
     );
+    limit.current
 }
 
 /// None where there are no files: no TLS.

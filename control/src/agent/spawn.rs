@@ -223,6 +223,12 @@ pub(super) fn start(
         None => CString::new(node.data_dir.as_os_str().as_bytes()).ok(),
     };
     let agent = rprocess::getpid();
+    // Weir raises its own, and what is started with a high limit may not be made for it: `select` breaks above 1024,
+    // and some walk all descriptors there could be.
+    let open_files = node.open_files.map(|current| rprocess::Rlimit {
+        current: Some(current),
+        maximum: rprocess::getrlimit(rprocess::Resource::Nofile).maximum,
+    });
     // SAFETY: between fork and exec this only makes system calls; it neither
     // allocates nor takes a lock.
     unsafe {
@@ -237,6 +243,9 @@ pub(super) fn start(
                 libc::c_uint::MAX,
                 libc::CLOSE_RANGE_CLOEXEC,
             );
+            if let Some(limit) = open_files {
+                rprocess::setrlimit(rprocess::Resource::Nofile, limit)?;
+            }
             if rprocess::getppid() != Some(agent) {
                 return Err(io::ErrorKind::NotConnected.into());
             }

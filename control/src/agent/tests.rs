@@ -60,6 +60,7 @@ fn config(dir: &Path) -> AgentConfig {
         data_dir: dir.into(),
         ports: first..=first + 99,
         user: None,
+        open_files: None,
         gpus: crate::gpu::parse_declared("H100:1").unwrap(),
         forbidden: vec!["0.0.0.0:9".parse().unwrap()],
         kill_after: Duration::from_millis(500),
@@ -383,6 +384,23 @@ async fn the_environment_is_what_is_specified() {
         );
     }
     assert_eq!(rest[3], rest[4], "a process group of its own");
+    rig.agent.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_instance_has_the_limit_of_files_that_weir_was_started_with() {
+    let mut rig = rig_with(|c| c.open_files = Some(77));
+    let a = process(
+        &["sh", "-c", "ulimit -Sn; ulimit -Hn; exec sleep 1000"],
+        &[],
+    );
+    rig.agent.run(a.clone());
+    rig.until(|i| i.pid.is_some()).await;
+    let log = || rig.agent.logs(a.instance, 2).unwrap_or_default();
+    eventually("both lines", || log().lines().count() == 2).await;
+    let hard = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    let hard = hard.map_or_else(|| "unlimited".to_owned(), |n| n.to_string());
+    assert_eq!(log(), format!("77\n{hard}\n"));
     rig.agent.shutdown().await;
 }
 
