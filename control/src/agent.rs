@@ -19,7 +19,7 @@ mod tests;
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io,
+    io::{self, Write as _},
     net::SocketAddr,
     ops::RangeInclusive,
     path::PathBuf,
@@ -40,6 +40,7 @@ use self::{logs::Logs, ports::Ports, process::Process, record::Record};
 use crate::{
     gpu::{Gpu, GpuPool},
     model::{Deployment, GpuSpecificationId, Instance, InstanceId, Launch, Version},
+    private,
 };
 
 pub(crate) use endpoint::forbidden;
@@ -163,9 +164,9 @@ impl Agent {
             path: path.clone(),
             source,
         };
-        fs::create_dir_all(&path).map_err(unusable)?;
+        private::directory(&path).map_err(unusable)?;
         let data_dir = path.canonicalize().map_err(unusable)?;
-        let lock = File::create(data_dir.join("agent.lock")).map_err(unusable)?;
+        let lock = private::file(&data_dir.join("agent.lock")).map_err(unusable)?;
         match lock.try_lock() {
             Ok(()) => (),
             Err(fs::TryLockError::WouldBlock) => return Err(AgentError::InUse { path }),
@@ -267,12 +268,17 @@ impl Agent {
 fn identity(data_dir: &std::path::Path) -> io::Result<String> {
     let path = data_dir.join("agent-id");
     match fs::read_to_string(&path) {
-        Ok(id) if uuid::Uuid::try_parse(id.trim()).is_ok() => Ok(id.trim().to_owned()),
+        Ok(id) if uuid::Uuid::try_parse(id.trim()).is_ok() => {
+            private::file(&path)?;
+            Ok(id.trim().to_owned())
+        }
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => {
             let id = uuid::Uuid::new_v4().to_string();
             let fresh = data_dir.join("agent-id.new");
-            fs::write(&fresh, &id)?;
+            let mut file = private::file(&fresh)?;
+            file.set_len(0)?;
+            file.write_all(id.as_bytes())?;
             fs::rename(fresh, path)?;
             Ok(id)
         }

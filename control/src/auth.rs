@@ -19,6 +19,7 @@ use uuid::Uuid;
 use crate::{
     directory::{Directory, decode, encode, record},
     model::{AccountId, Key, KeyId, SCOPES},
+    private,
     store::{Change, Expect, Partition, Store, StoreError},
 };
 
@@ -233,7 +234,7 @@ fn write_secret(path: &Path, secret: &Secret) -> Result<Secret, AdminKeyError> {
     let directory = path.parent().unwrap_or(Path::new("."));
     let temporary = directory.join(format!(".admin.key.{}", Uuid::new_v4()));
     let written = (|| {
-        fs::create_dir_all(directory)?;
+        private::directory(directory)?;
         let mut file = fs::OpenOptions::new()
             .write(true)
             .create_new(true)

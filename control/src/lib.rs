@@ -12,6 +12,7 @@
 //! - [`agent`]: starts, watches and stops the instances of a node; [`gpu`]: its devices.
 //! - [`api`]: the lifecycle API.
 //! - [`auth`]: keys, how they are made and recognised.
+//! - [`private`]: files that are nobody else's.
 
 pub mod agent;
 pub mod api;
@@ -21,6 +22,7 @@ pub mod coordination;
 pub mod directory;
 pub mod gpu;
 pub mod model;
+pub mod private;
 pub mod scale;
 pub mod state;
 pub mod store;

@@ -167,7 +167,7 @@ pub struct ProcessSpec {
     pub command: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub env: Vec<EnvVar>,
-    /// Where it starts; default: the agent's data directory.
+    /// Where it starts; default: the agent's data directory, or `/` where the instance's user may not enter that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_dir: Option<String>,
 }

@@ -30,6 +30,7 @@ use weir_control::{
     directory::Directory,
     gpu,
     model::{FunctionId, InstanceId, VersionId},
+    private,
     scale::Sample,
     store::{Store, embedded::Embedded},
 };
@@ -68,7 +69,7 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 async fn run(args: &ServeArgs, open_files: Option<u64>) -> anyhow::Result<ExitCode> {
     // A file that may not grow is an error of whoever writes it, not the end of the process.
     let _heard = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?;
-    fs::create_dir_all(&args.data_dir).with_context(|| {
+    private::directory(&args.data_dir).with_context(|| {
         format!(
             "the data directory '{}' can't be used: name another with --data-dir, one that weir's user may write to",
             args.data_dir.display()

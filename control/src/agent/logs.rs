@@ -4,9 +4,9 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::SystemTime,
@@ -16,7 +16,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::{io::AsyncReadExt, net::unix::pipe};
 
-use crate::model::{AccountId, FunctionId, InstanceId, Version, VersionId};
+use crate::{
+    model::{AccountId, FunctionId, InstanceId, Version, VersionId},
+    private,
+};
 
 /// Bytes kept for one instance.
 const LIMIT: u64 = 1 << 20;
@@ -56,7 +59,7 @@ impl Logs {
     pub(super) fn open(data_dir: &Path) -> io::Result<Self> {
         let dir = data_dir.join("logs");
         // What instances print is their account's: not for others on the machine, instances among them.
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        private::directory(&dir)?;
         fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
         Ok(Self { dir })
     }
@@ -183,10 +186,10 @@ impl Writer {
             Some(open) => open,
             None => {
                 if let Some((path, owner)) = &self.owner {
-                    private(path)?.write_all(&serde_json::to_vec(owner)?)?;
+                    append(path)?.write_all(&serde_json::to_vec(owner)?)?;
                     self.owner = None;
                 }
-                let file = private(&self.newer)?;
+                let file = append(&self.newer)?;
                 let written = file.metadata()?.len();
                 (file, written)
             }
@@ -219,7 +222,7 @@ impl Writer {
 }
 
 /// Appends to a file that is nobody else's to read.
-fn private(path: &Path) -> io::Result<File> {
+fn append(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .create(true)
         .append(true)

@@ -405,6 +405,34 @@ async fn an_instance_has_the_limit_of_files_that_weir_was_started_with() {
 }
 
 #[tokio::test]
+async fn what_the_agent_keeps_is_nobody_elses() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("made");
+    let agent = Agent::start(config(&dir), unbounded_channel().0).unwrap();
+    let mode = |path: &Path| {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    };
+    assert_eq!(mode(&dir), 0o700);
+    let mut files = BTreeSet::new();
+    for entry in fs::read_dir(&dir).unwrap() {
+        let path = entry.unwrap().path();
+        let wanted = [0o600, 0o700][usize::from(path.is_dir())];
+        assert_eq!(mode(&path), wanted, "{}", path.display());
+        files.insert(path.file_name().unwrap().to_owned());
+    }
+    assert!(
+        files.contains(std::ffi::OsStr::new("agent.lock")),
+        "{files:?}"
+    );
+    assert!(
+        files.contains(std::ffi::OsStr::new("agent-id")),
+        "{files:?}"
+    );
+    agent.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_port_that_never_opens_is_an_error() {
     let mut rig = rig();
     let mut a = process(&["sleep", "1000"], &[]);

@@ -14,9 +14,8 @@
 //! it says that nothing was written.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -32,6 +31,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::{
     Change, Commit, Cursor, Event, Expect, Partition, Position, Record, Store, StoreError, Watch,
 };
+use crate::private;
 
 /// What this version writes. It grows when an older version could not read the file.
 const FORMAT: u64 = 1;
@@ -412,7 +412,7 @@ impl Shared {
             Err(e) => return Err(explain(e)),
         }
         let unfinished = with_suffix(&self.path, ".new");
-        open_private(&unfinished)
+        private::file(&unfinished)
             .and_then(|file| file.set_len(0))
             .map_err(explain)?;
         let (database, _) = self.open_file(&unfinished)?;
@@ -940,24 +940,13 @@ fn lock(path: &Path) -> Result<Lock, StoreError> {
             path.display()
         ))
     };
-    fs::create_dir_all(directory(path)).map_err(explain)?;
-    let lock = open_private(&with_suffix(path, ".lock")).map_err(explain)?;
+    private::directory(directory(path)).map_err(explain)?;
+    let lock = private::file(&with_suffix(path, ".lock")).map_err(explain)?;
     match lock.try_lock() {
         Ok(()) => Ok(Lock(lock)),
         Err(TryLockError::WouldBlock) => Err(in_use(path)),
         Err(TryLockError::Error(e)) => Err(explain(e)),
     }
-}
-
-/// A file that is nobody else's to read.
-fn open_private(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

@@ -333,7 +333,7 @@ fn open_faulty(path: &Path, fate: &Arc<Fate>) -> Result<Arc<Embedded>, StoreErro
     Embedded::open_by(
         path,
         Box::new(move |redb, path| {
-            let file = OpenOptions::new().read(true).write(true).open(path)?;
+            let file = fs::OpenOptions::new().read(true).write(true).open(path)?;
             redb.create_with_backend(Faulty {
                 file: FileBackend::new(file)?,
                 fate: Arc::clone(&fate),
