@@ -36,7 +36,7 @@ use tokio::{
 };
 
 pub use self::logs::LogOwner;
-use self::{logs::Logs, ports::Ports, process::Process, record::Record};
+use self::{logs::Logs, ports::Ports, process::Process, procs::Children, record::Record};
 use crate::{
     gpu::{Gpu, GpuPool},
     model::{Deployment, GpuSpecificationId, Instance, InstanceId, Launch, Version},
@@ -142,6 +142,7 @@ struct Node {
     ports: Ports,
     gpus: GpuPool,
     logs: Logs,
+    children: Children,
     /// Locked while this agent lives.
     _lock: File,
 }
@@ -181,6 +182,7 @@ impl Agent {
             ports: Ports::new(config.ports),
             gpus: GpuPool::new(&config.node, config.gpus),
             name: config.node,
+            children: Children::default(),
             data_dir,
             user: config.user.unwrap_or_else(|| "nobody".to_owned()),
             open_files: config.open_files,
@@ -210,7 +212,12 @@ impl Agent {
                 if killed > 0 {
                     tracing::warn!(killed, "killed processes that an earlier run left behind");
                 }
-                runtime.block_on(serve(Arc::new(node), inbox, reports));
+                let node = Arc::new(node);
+                let _within = runtime.enter();
+                if procs::adopts_orphans() {
+                    drop(runtime.spawn(reap(node.children.clone())));
+                }
+                runtime.block_on(serve(node, inbox, reports));
             })
             .map_err(AgentError::Thread)?;
         Ok(agent)
@@ -288,6 +295,27 @@ fn identity(data_dir: &std::path::Path) -> io::Result<String> {
 /// One that has ended meanwhile does not mind.
 fn stop(orders: &UnboundedSender<Order>) {
     let _ = orders.send(Order::Stop);
+}
+
+/// As PID 1, the usual one of a container, Weir gets what instances leave behind, and nobody else takes its status.
+/// On the agent's thread, as the starts are: one that was just made is not taken for an orphan.
+async fn reap(children: Children) {
+    let ended = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::child());
+    let mut ended = match ended {
+        Ok(ended) => ended,
+        Err(error) => {
+            tracing::error!(%error, "orphans are not reaped");
+            return;
+        }
+    };
+    loop {
+        children.reap_orphans();
+        if ended.recv().await.is_none() {
+            return;
+        }
+        // Many that end together are one look at /proc.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 async fn serve(

@@ -200,6 +200,7 @@ impl Process<'_> {
         let Started {
             mut child,
             pid,
+            own,
             uid,
             output,
         } = match started {
@@ -292,6 +293,7 @@ impl Process<'_> {
                 }
             }
         }
+        drop(own);
         if open {
             drop(timeout(LAST_WORDS, pump).await);
         }

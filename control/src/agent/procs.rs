@@ -1,10 +1,16 @@
 //! What `/proc` says: who belongs to an instance, who listens on a port, and
-//! who is left of an earlier run. Reads only; a process that goes meanwhile is
-//! simply not there.
+//! who is left of an earlier run. A process that goes meanwhile is simply not
+//! there.
 
-use std::{collections::HashSet, fs, net::IpAddr, time::Duration};
+use std::{
+    collections::HashSet,
+    fs,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use rustix::process::{self, Pid, Signal};
+use rustix::process::{self, Pid, Signal, WaitOptions};
 
 use crate::model::InstanceId;
 
@@ -19,15 +25,25 @@ fn pids() -> impl Iterator<Item = i32> {
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// State letter and process group.
-fn stat(pid: i32) -> Option<(u8, i32)> {
+/// What a line of `/proc/PID/stat` says.
+#[derive(Clone, Copy)]
+struct Stat {
+    state: u8,
+    parent: i32,
+    /// 0: one of another PID namespace.
+    group: i32,
+}
+
+fn stat(pid: i32) -> Option<Stat> {
     let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
     // The name may hold anything; what follows its last parenthesis does not.
     let after = text.iter().rposition(|&b| b == b')')?;
     let mut fields = std::str::from_utf8(text.get(after + 2..)?).ok()?.split(' ');
-    let state = *fields.next()?.as_bytes().first()?;
-    let group = fields.nth(1)?.parse().ok()?;
-    Some((state, group))
+    Some(Stat {
+        state: *fields.next()?.as_bytes().first()?,
+        parent: fields.next()?.parse().ok()?,
+        group: fields.next()?.parse().ok()?,
+    })
 }
 
 fn runs(state: u8) -> bool {
@@ -66,20 +82,20 @@ pub(super) fn group_alive(group: i32) -> bool {
         return false;
     };
     process::test_kill_process_group(pid).is_ok()
-        && pids().any(|p| stat(p).is_some_and(|(state, g)| g == group && runs(state)))
+        && pids().any(|p| stat(p).is_some_and(|s| s.group == group && runs(s.state)))
 }
 
 /// Kills whatever has all of these in its environment, with its process
 /// groups, until nothing is left or the bound is reached; says how many.
 fn kill_marked(marks: &[&str], bound: Duration) -> usize {
     let own = process::getpid().as_raw_nonzero().get();
-    let own_group = process::getpgrp().as_raw_nonzero().get();
+    let own_group = stat(own).map_or(0, |s| s.group);
     let mut killed = HashSet::new();
     let began = std::time::Instant::now();
     loop {
         let mut left = false;
         for pid in pids().filter(|&p| p != own && p > 1) {
-            let Some((state, group)) = stat(pid) else {
+            let Some(Stat { state, group, .. }) = stat(pid) else {
                 continue;
             };
             if !runs(state) || !environ_has(pid, marks) {
@@ -120,6 +136,55 @@ pub(super) fn kill_escaped(agent: &str, instance: InstanceId) -> usize {
     )
 }
 
+/// The processes that this one started and waits for itself.
+#[derive(Clone, Default)]
+pub(super) struct Children(Arc<Mutex<HashSet<i32>>>);
+
+impl Children {
+    fn set(&self) -> MutexGuard<'_, HashSet<i32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until the answer is dropped, its exit status is somebody's to take. Must come before the next look at
+    /// orphans, so on the same thread without an await after the start.
+    pub(super) fn own(&self, pid: i32) -> OwnChild {
+        self.set().insert(pid);
+        OwnChild {
+            children: self.clone(),
+            pid,
+        }
+    }
+
+    /// Takes the exit statuses of ended processes that became this one's children when their parents ended.
+    pub(super) fn reap_orphans(&self) {
+        let here = process::getpid().as_raw_nonzero().get();
+        for pid in pids() {
+            let ended = stat(pid).is_some_and(|s| s.parent == here && s.state == b'Z');
+            if ended && !self.set().contains(&pid) {
+                // Its status is nobody's.
+                let _ = process::waitpid(Pid::from_raw(pid), WaitOptions::NOHANG);
+            }
+        }
+    }
+}
+
+#[must_use]
+pub(super) struct OwnChild {
+    children: Children,
+    pid: i32,
+}
+
+impl Drop for OwnChild {
+    fn drop(&mut self) {
+        self.children.set().remove(&self.pid);
+    }
+}
+
+/// Whether the orphans of this process's PID namespace become its children.
+pub(super) fn adopts_orphans() -> bool {
+    process::getpid().is_init()
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Holder {
     Nobody,
@@ -143,7 +208,7 @@ pub(super) fn holder(port: u16, group: i32, instance: InstanceId, uid: u32) -> H
     }
     let mark = format!("{INSTANCE}={instance}");
     for pid in pids().filter(|&p| p != group) {
-        let grouped = stat(pid).is_some_and(|(_, g)| g == group);
+        let grouped = stat(pid).is_some_and(|s| s.group == group);
         if grouped || environ_has(pid, &[&mark]) {
             readable |= take_sockets(pid, &mut wanted);
             if wanted.is_empty() {

@@ -39,6 +39,7 @@ pub(super) struct Started {
     pub(super) child: Child,
     /// Also the process group.
     pub(super) pid: i32,
+    pub(super) own: procs::OwnChild,
     pub(super) uid: u32,
     pub(super) output: pipe::Receiver,
 }
@@ -273,11 +274,13 @@ pub(super) fn start(
         .id()
         .and_then(|pid| i32::try_from(pid).ok())
         .ok_or_else(|| SpawnError::Output(io::ErrorKind::NotFound.into()))?;
+    let own = node.children.own(pid);
     let output = pipe::Receiver::from_owned_fd(output.into()).map_err(SpawnError::Output)?;
     let uid = run_as.map_or_else(|| rprocess::geteuid().as_raw(), |user| user.uid);
     Ok(Started {
         child,
         pid,
+        own,
         uid,
         output,
     })

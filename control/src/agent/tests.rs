@@ -652,6 +652,60 @@ async fn a_killed_agent_leaves_nothing_behind() {
     drop((agent, reports));
 }
 
+/// Not a test by itself: what the next test runs as PID 1.
+#[tokio::test]
+async fn agent_as_pid_1() {
+    let Some(dir) = std::env::var_os("AGENT_AS_PID_1") else {
+        return;
+    };
+    assert_eq!(std::process::id(), 1);
+    let (sender, reports) = unbounded_channel();
+    let mut rig = Rig {
+        agent: Agent::start(config(Path::new(&dir)), sender).unwrap(),
+        reports,
+        dir: tempfile::tempdir().unwrap(),
+    };
+    let orphans = "for i in 1 2 3 4 5 6; do (setsid sleep 0.01 &); done; exec sleep 1000";
+    let a = process(&["sh", "-c", orphans], &[]);
+    let b = process(&["sh", "-c", "exit 7"], &[]);
+    rig.agent.run(a.clone());
+    rig.agent.run(b.clone());
+    // The status of its own child is not taken from it.
+    rig.until(|i| i.error.as_deref() == Some("exited with status 7"))
+        .await;
+    eventually("all are reaped", || {
+        let of = |file: &str| marked(file, "sleep");
+        of("cmdline") == 1 && of("stat") == 1
+    })
+    .await;
+    rig.agent.stop(a.instance);
+    rig.gone(a.instance).await;
+    rig.agent.shutdown().await;
+    fs::write(Path::new(&dir).join("passed"), "").unwrap();
+}
+
+#[tokio::test]
+async fn as_pid_1_it_reaps_orphans_and_needs_no_process_group() {
+    if !spawn::is_root() {
+        eprintln!("skipped: a PID namespace takes root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // No `setsid`: its group is outside of the namespace, and so it has none.
+    let output = tokio::process::Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc", "--kill-child"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "agent::tests::agent_as_pid_1", "--nocapture"])
+        .env("AGENT_AS_PID_1", dir.path())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(dir.path().join("passed").exists(), "{said}");
+}
+
 #[tokio::test]
 async fn a_suspected_process_leaves_ready_and_restarts() {
     let mut rig = rig();
