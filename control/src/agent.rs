@@ -5,6 +5,7 @@
 //! The agent has a thread of its own, which lives as long as the agent: a
 //! child gets its parent-death signal when the thread that forked it ends.
 
+mod cgroup;
 pub(crate) mod endpoint;
 mod health;
 mod logs;
@@ -36,7 +37,9 @@ use tokio::{
 };
 
 pub use self::logs::LogOwner;
-use self::{logs::Logs, ports::Ports, process::Process, procs::Children, record::Record};
+use self::{
+    cgroup::Groups, logs::Logs, ports::Ports, process::Process, procs::Children, record::Record,
+};
 use crate::{
     gpu::{Gpu, GpuPool},
     model::{Deployment, GpuSpecificationId, Instance, InstanceId, Launch, Version},
@@ -143,6 +146,9 @@ struct Node {
     gpus: GpuPool,
     logs: Logs,
     children: Children,
+    /// None where the kernel has none for it: then what leaves an instance's process group is found by its
+    /// environment alone.
+    groups: Option<Groups>,
     /// Locked while this agent lives.
     _lock: File,
 }
@@ -176,8 +182,10 @@ impl Agent {
         if let (Some(user), true) = (&config.user, spawn::is_root()) {
             spawn::user(user).map_err(|error| AgentError::User(error.to_string()))?;
         }
+        let id = identity(&data_dir).map_err(unusable)?;
         let node = Node {
-            id: identity(&data_dir).map_err(unusable)?,
+            groups: Groups::open(&id),
+            id,
             logs: Logs::open(&data_dir).map_err(unusable)?,
             ports: Ports::new(config.ports),
             gpus: GpuPool::new(&config.node, config.gpus),
@@ -208,7 +216,7 @@ impl Agent {
         std::thread::Builder::new()
             .name("weir-agent".to_owned())
             .spawn(move || {
-                let killed = procs::kill_orphans(&node.id);
+                let killed = cgroup::kill_orphans(&node.id) + procs::kill_orphans(&node.id);
                 if killed > 0 {
                     tracing::warn!(killed, "killed processes that an earlier run left behind");
                 }

@@ -241,6 +241,7 @@ mod tests {
             gpus: vec![],
             forbidden: vec![],
             kill_after: Duration::from_millis(500),
+            open_files: None,
         };
         let agent = Agent::start(config, report).unwrap();
         let (expire, expired) = watch::channel(false);

@@ -14,6 +14,7 @@ use tokio::{
 
 use super::{
     Assignment, Node, Order, Orders,
+    cgroup::Group,
     health::{Check, Probes, Verdict, Watch},
     logs::{LogOwner, Writer},
     procs::{self, Holder},
@@ -201,6 +202,7 @@ impl Process<'_> {
             mut child,
             pid,
             own,
+            group,
             uid,
             output,
         } = match started {
@@ -283,7 +285,7 @@ impl Process<'_> {
         };
         {
             // What it prints while it ends is still taken.
-            let finish = finish(self.node, self.assignment, child, pid, grace);
+            let finish = finish(self.node, self.assignment, child, pid, group, grace);
             tokio::pin!(finish);
             loop {
                 tokio::select! {
@@ -433,6 +435,7 @@ async fn finish(
     assignment: &Assignment,
     mut child: Child,
     group: i32,
+    all: Option<Group>,
     grace: Duration,
 ) {
     let gone = async |child: &mut Child, bound: Duration| {
@@ -463,7 +466,9 @@ async fn finish(
         }
     }
     let (agent, instance) = (node.id.clone(), assignment.instance);
-    let escaped = tokio::task::spawn_blocking(move || procs::kill_escaped(&agent, instance));
+    let escaped = tokio::task::spawn_blocking(move || {
+        all.map_or(0, |all| all.kill()) + procs::kill_escaped(&agent, instance)
+    });
     if let Ok(killed @ 1..) = escaped.await {
         tracing::info!(%instance, killed, "killed processes that had left the instance's group");
     }

@@ -19,7 +19,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{Node, procs};
+use super::{Node, cgroup::Group, procs};
 use crate::{
     agent::Assignment,
     gpu::GpuLease,
@@ -40,6 +40,7 @@ pub(super) struct Started {
     /// Also the process group.
     pub(super) pid: i32,
     pub(super) own: procs::OwnChild,
+    pub(super) group: Option<Group>,
     pub(super) uid: u32,
     pub(super) output: pipe::Receiver,
 }
@@ -223,6 +224,12 @@ pub(super) fn start(
         }
         None => CString::new(node.data_dir.as_os_str().as_bytes()).ok(),
     };
+    let group = node.groups.as_ref().and_then(|groups| {
+        let made = groups.group(assignment.instance);
+        made.inspect_err(|error| tracing::warn!(%error, "no control group for an instance"))
+            .ok()
+    });
+    let door = group.as_ref().and_then(|group| group.door().ok());
     let agent = rprocess::getpid();
     // Weir raises its own, and what is started with a high limit may not be made for it: `select` breaks above 1024,
     // and some walk all descriptors there could be.
@@ -244,6 +251,10 @@ pub(super) fn start(
                 libc::c_uint::MAX,
                 libc::CLOSE_RANGE_CLOEXEC,
             );
+            if let Some(door) = &door {
+                // By the rights of who opened it; older kernels refuse, and the agent does it a little later.
+                let _ = rustix::io::write(door, b"0");
+            }
             if let Some(limit) = open_files {
                 rprocess::setrlimit(rprocess::Resource::Nofile, limit)?;
             }
@@ -275,12 +286,16 @@ pub(super) fn start(
         .and_then(|pid| i32::try_from(pid).ok())
         .ok_or_else(|| SpawnError::Output(io::ErrorKind::NotFound.into()))?;
     let own = node.children.own(pid);
+    if let Some(group) = &group {
+        group.put(pid);
+    }
     let output = pipe::Receiver::from_owned_fd(output.into()).map_err(SpawnError::Output)?;
     let uid = run_as.map_or_else(|| rprocess::geteuid().as_raw(), |user| user.uid);
     Ok(Started {
         child,
         pid,
         own,
+        group,
         uid,
         output,
     })

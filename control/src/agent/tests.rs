@@ -590,6 +590,38 @@ async fn the_whole_group_dies_on_stop() {
     assert_eq!(marked("environ", &mark), 0);
 }
 
+/// Processes that run this command.
+fn running(command: &str) -> usize {
+    marked("cmdline", &command.replace(' ', "\0"))
+}
+
+#[tokio::test]
+async fn what_leaves_the_group_without_its_environment_dies_too() {
+    let mut rig = rig();
+    let dir = rig.dir.path().canonicalize().unwrap();
+    let id = fs::read_to_string(dir.join("agent-id")).unwrap();
+    if cgroup::Groups::open(&id).is_none() {
+        eprintln!("skipped: no cgroup v2 that could be divided");
+        return;
+    }
+    // A number of seconds that no other process sleeps for.
+    let escaped = format!("sleep 10{}", rand::random_range(100_000..1_000_000));
+    let script = format!("(env -i setsid {escaped} &); exec python3 -c '{SERVER}'");
+    let a = process(&["sh", "-c", &script], &[]);
+    rig.agent.run(a.clone());
+    let ready = rig.ready().await;
+    eventually("it has escaped", || running(&escaped) == 1).await;
+    // With every restart too.
+    call(ready.address.unwrap(), "/die");
+    rig.until(|i| i.restarts == 1).await;
+    rig.ready().await;
+    eventually("there is one again", || running(&escaped) == 1).await;
+    rig.agent.stop(a.instance);
+    rig.gone(a.instance).await;
+    assert_eq!(running(&escaped), 0);
+    rig.agent.shutdown().await;
+}
+
 /// Not a test by itself: the agent that the next test kills.
 #[tokio::test]
 async fn agent_to_be_killed() {
@@ -602,10 +634,17 @@ async fn agent_to_be_killed() {
         reports,
         dir: tempfile::tempdir().unwrap(),
     };
-    let script = format!("setsid sleep 1000 & exec python3 -c '{SERVER}'");
+    // With groups, one has no mark of its instance.
+    let node = Path::new(&dir).canonicalize().unwrap();
+    let id = fs::read_to_string(node.join("agent-id")).unwrap();
+    let clean = cgroup::Groups::open(&id).map_or("", |_| "env -i");
+    let escaped = std::env::var("ESCAPED").unwrap();
+    let script =
+        format!("setsid sleep 1000 & {clean} setsid {escaped} & exec python3 -c '{SERVER}'");
     let a = process(&["sh", "-c", &script], &[]);
     rig.agent.run(a.clone());
     let ready = rig.ready().await;
+    eventually("it has escaped", || running(&escaped) == 1).await;
     fs::write(
         Path::new(&dir).join("said.new"),
         format!("{} {}", ready.pid.unwrap(), a.instance),
@@ -622,9 +661,11 @@ async fn agent_to_be_killed() {
 #[tokio::test]
 async fn a_killed_agent_leaves_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
+    let escaped = format!("sleep 10{}", rand::random_range(100_000..1_000_000));
     let mut agent = tokio::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "agent::tests::agent_to_be_killed"])
         .env("AGENT_TO_BE_KILLED", dir.path())
+        .env("ESCAPED", &escaped)
         .stdout(std::process::Stdio::null())
         .kill_on_drop(true)
         .spawn()
@@ -645,10 +686,16 @@ async fn a_killed_agent_leaves_nothing_behind() {
     agent.kill().await.unwrap();
     let pid: i32 = pid.parse().unwrap();
     eventually("the child is dead", || !procs::group_alive(pid)).await;
-    assert_eq!(marked("environ", &mark), 1, "what left the group survives");
+    assert!(
+        marked("environ", &mark) >= 1 && running(&escaped) == 1,
+        "what left the group survives"
+    );
     let (sender, reports) = unbounded_channel();
     let agent = Agent::start(config(dir.path()), sender).unwrap();
-    eventually("that is dead too", || marked("environ", &mark) == 0).await;
+    eventually("that is dead too", || {
+        marked("environ", &mark) == 0 && running(&escaped) == 0
+    })
+    .await;
     drop((agent, reports));
 }
 

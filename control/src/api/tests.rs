@@ -1148,7 +1148,7 @@ async fn says_what_is_not_known_of_a_change() {
                 error,
             }),
             directory: weir.context.directory.clone(),
-            runtime: Arc::new(Still),
+            runtime: weir.still.clone(),
             admin: weir.context.admin.clone(),
             open: false,
             max_functions: 1000,
@@ -1156,6 +1156,7 @@ async fn says_what_is_not_known_of_a_change() {
             instance_ports: 20000..=29999,
         })),
         context: weir.context.clone(),
+        still: weir.still.clone(),
         _dir: tempfile::tempdir().unwrap(),
     };
     for carries_out in [false, true] {

@@ -157,6 +157,7 @@ impl Rig {
                 gpus: Vec::new(),
                 forbidden: Vec::new(),
                 kill_after: SOON,
+                open_files: None,
             },
             report_sender,
         )
