@@ -32,18 +32,22 @@ impl Server {
             let errors = self.instances(function, "error").await;
             let failed = errors.first()?;
             let why = failed["error"].as_str()?;
-            let said = words.iter().all(|word| why.contains(word));
+            let log = failed["lastLogLine"].as_str().unwrap_or_default();
+            let said = words
+                .iter()
+                .all(|word| why.contains(word) || log.contains(word));
             // Before the third time in a row it may yet come up.
             (said && failed["restarts"].as_u64()? >= 3).then_some(())
         })
         .await;
     }
 
-    /// Callers and operators learn what [`Self::fails`] saw.
+    /// Operators learn what [`Self::fails`] saw. Callers may be of another account: they learn what kind of failure it
+    /// is.
     async fn says_why(&self, function: &Function, words: &[&str]) {
         let response = self.call(Method::GET, function, "/echo").send().await;
-        let words: Vec<&str> = words.iter().copied().chain(["is ERROR"]).collect();
-        problem(response.unwrap(), 503, "not-invokable", &words).await;
+        let kind = ["is ERROR", "its instance failed: "];
+        problem(response.unwrap(), 503, "not-invokable", &kind).await;
         let deployment = self.get(&function.deployment()).await;
         assert_eq!(deployment["deployment"]["functionStatus"], "ERROR");
         let health = text(&deployment["deployment"]["healthInfo"][0]["error"]);
@@ -97,7 +101,8 @@ async fn a_command_that_does_not_start_is_an_error() {
         let cold = server.defined(&asked).await;
         server.ask_for(&cold, 0, "PT1M").await;
         let response = server.call(Method::GET, &cold, "/echo").send().await;
-        problem(response.unwrap(), 503, "no-capacity", words).await;
+        let kind = ["its instance failed: "];
+        problem(response.unwrap(), 503, "no-capacity", &kind).await;
     }
 }
 

@@ -58,6 +58,11 @@ async fn a_changed_concurrency_binds_the_next_calls_of_instances_that_run() {
     tokio::join!(call(), call(), call(), call(), async {
         server.until_busy(&function, 3).await;
         server.until_queued(&function, 1).await;
+        eventually("the instance has all three", SOON, async || {
+            let books = instance::books(books.path());
+            (books[0].highest() == 3).then_some(())
+        })
+        .await;
         std::fs::write(&gate, "").unwrap();
     });
     server.until_busy(&function, 0).await;
