@@ -151,20 +151,39 @@ pub enum AdminKeyError {
 
 /// Sees to it that there is an admin key: the one of the environment (then nothing is written),
 /// else the one of `<data_dir>/admin.key`, which is made at the first start.
+///
+/// One that was revoked is none: the log says how to get another, and all else goes on without.
 pub async fn ensure_admin_key(
     store: &dyn Store,
     data_dir: &Path,
     env: Option<String>,
 ) -> Result<AdminKey, AdminKeyError> {
     if let Some(secret) = env.as_deref().map(str::trim).filter(|s| !s.is_empty()) {
+        let hash = hash(secret);
+        if revoked(store, &hash).await? {
+            tracing::error!(
+                "there is no admin key: the one of WEIR_ADMIN_KEY was revoked; set another, or unset it to use the one of '{}'",
+                data_dir.join("admin.key").display()
+            );
+            return Ok(AdminKey::default());
+        }
         return Ok(AdminKey {
-            key: Some(Arc::new(admin_key(ENVIRONMENT_KEY, hash(secret)))),
+            key: Some(Arc::new(admin_key(ENVIRONMENT_KEY, hash))),
             file: None,
         });
     }
     let path = data_dir.join("admin.key");
     let stored = stored_admin_key(store).await?;
     let mut secret = read_secret(&path)?;
+    if let (Some(secret), None) = (&secret, &stored)
+        && revoked(store, &hash(secret.expose())).await?
+    {
+        tracing::error!(
+            "there is no admin key: the one of '{}' was revoked; remove that file and start again, which makes a new one, or set WEIR_ADMIN_KEY",
+            path.display()
+        );
+        return Ok(AdminKey::default());
+    }
     if secret.is_none() && stored.is_none() {
         // The file first: a crash after it leaves a secret that the next start stores.
         secret = Some(write_secret(&path, &generate())?);
@@ -205,6 +224,21 @@ pub async fn ensure_admin_key(
         key: None,
         file: file(&winner, &secret),
     })
+}
+
+/// What makes a revocation of the admin key last: neither its file nor the variable brings it back.
+#[must_use]
+pub fn revocation(key: &Key) -> Change {
+    Change {
+        key: record::revoked(&key.hash),
+        expect: Expect::Anything,
+        value: Some(encode(&Timestamp::now())),
+    }
+}
+
+async fn revoked(store: &dyn Store, hash: &str) -> Result<bool, StoreError> {
+    let found = store.get(Partition::Keys, &record::revoked(hash)).await?;
+    Ok(found.is_some())
 }
 
 async fn stored_admin_key(store: &dyn Store) -> Result<Option<Key>, StoreError> {

@@ -80,6 +80,11 @@ pub mod record {
     pub fn key(key: KeyId) -> String {
         format!("key/{key}")
     }
+    /// Says that an admin key with this hash was revoked; there as long as the store.
+    #[must_use]
+    pub fn revoked(hash: &str) -> String {
+        format!("revoked/{hash}")
+    }
     #[must_use]
     pub fn account(account: &AccountId) -> String {
         format!("account/{account}")
@@ -231,6 +236,8 @@ impl Directory {
         value: Option<&[u8]>,
     ) -> Result<(), StoreError> {
         match partition {
+            // What only a start asks for.
+            Partition::Keys if !key.starts_with("key/") => {}
             Partition::Keys => match value {
                 Some(value) => {
                     let decoded: Key = decode(key, value)?;

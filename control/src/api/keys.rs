@@ -1,5 +1,7 @@
 //! Keys: who may do what. The secret is answered once, when the key is made.
 
+use std::sync::Arc;
+
 use axum::{Json, extract::State};
 use http::StatusCode;
 use jiff::Timestamp;
@@ -196,11 +198,11 @@ fn may_give(
     Ok(())
 }
 
-fn find(api: &Api, caller: &Caller, names: &Names) -> Result<KeyDto, Problem> {
+fn find(api: &Api, caller: &Caller, names: &Names) -> Result<Arc<Key>, Problem> {
     let id: KeyId = names.id("keyId")?;
     let key = api.directory.key(id);
     let key = key.filter(|key| caller.any || key.account == caller.account && !key.admin);
-    key.map(|key| dto(&key)).ok_or_else(|| {
+    key.ok_or_else(|| {
         Problem::missing(format!(
             "there is no key {id}: GET /v2/weir/keys lists those there are"
         ))
@@ -231,7 +233,7 @@ pub(crate) async fn read(
 ) -> Result<Json<KeyReply>, Problem> {
     caller.needs("account_setup")?;
     Ok(Json(KeyReply {
-        key: find(&api, &caller, &names)?,
+        key: dto(&*find(&api, &caller, &names)?),
     }))
 }
 
@@ -243,18 +245,26 @@ pub(crate) async fn delete(
     names: Names,
 ) -> Result<StatusCode, Problem> {
     caller.needs("account_setup")?;
+    if caller.any && names.id::<KeyId>("keyId")? == auth::ENVIRONMENT_KEY {
+        return Err(Problem::conflict(
+            "this key is the one of WEIR_ADMIN_KEY: start with another, or without",
+        ));
+    }
     let key = find(&api, &caller, &names)?;
-    if key.admin && (key.id == caller.key.id || api.open) {
+    if key.admin && (key.hash == caller.key.hash || api.open) {
         return Err(Problem::conflict(
             "the admin key can't revoke itself: start with WEIR_ADMIN_KEY, revoke it with that one, \
              and remove <data-dir>/admin.key",
         ));
     }
-    let change = Change {
+    let mut changes = vec![Change {
         key: record::key(key.id),
         expect: Expect::Anything,
         value: None,
-    };
-    api.commit(Partition::Keys, vec![change]).await?;
+    }];
+    if key.admin {
+        changes.push(auth::revocation(&key));
+    }
+    api.commit(Partition::Keys, changes).await?;
     Ok(StatusCode::NO_CONTENT)
 }

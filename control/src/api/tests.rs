@@ -1235,3 +1235,53 @@ async fn the_admin_key_is_looked_for_where_its_commit_is_not_known() {
         assert!(again.unwrap().file.is_some());
     }
 }
+
+#[tokio::test]
+async fn a_revoked_admin_key_stays_revoked() {
+    let weir = weir().await;
+    let dir = tempfile::tempdir().unwrap();
+    let store = &*weir.context.store;
+    let start = |variable: Option<String>| auth::ensure_admin_key(store, dir.path(), variable);
+    let read = |file: &std::path::Path| std::fs::read_to_string(file).unwrap().trim().to_owned();
+    let file = start(None).await.unwrap().file.unwrap();
+    let first = read(&file);
+    let path = format!("/v2/weir/keys/{}", auth::ADMIN_KEY);
+    // The feed brings the key to the directory.
+    while weir.context.directory.key(auth::ADMIN_KEY).is_none() {
+        tokio::task::yield_now().await;
+    }
+    weir.call(&first, "DELETE", &path, json!({}))
+        .await
+        .problem(409, "conflict", "can't revoke itself");
+    weir.call(
+        ADMIN,
+        "DELETE",
+        &format!("/v2/weir/keys/{}", auth::ENVIRONMENT_KEY),
+        json!({}),
+    )
+    .await
+    .problem(409, "conflict", "WEIR_ADMIN_KEY");
+    let revoked = weir.call(ADMIN, "DELETE", &path, json!({})).await;
+    assert_eq!(revoked.status, 204);
+    weir.call(&first, "GET", "/v2/weir/keys", json!({}))
+        .await
+        .problem(401, "unauthenticated", "revoked");
+
+    // Neither the file nor the variable brings it back.
+    for variable in [None, Some(first.clone())] {
+        let none = start(variable).await.unwrap();
+        assert!(none.key.is_none() && none.file.is_none());
+    }
+    let stored = store.get(Partition::Keys, &record::key(auth::ADMIN_KEY));
+    assert!(stored.await.unwrap().is_none());
+    // Another variable does for a new one, and so does the file's removal; that of the old file's is still none.
+    assert!(start(Some("another".into())).await.unwrap().key.is_some());
+    std::fs::remove_file(&file).unwrap();
+    let second = start(None).await.unwrap().file.unwrap();
+    assert_ne!(read(&second), first);
+    std::fs::write(&second, &first).unwrap();
+    assert!(start(None).await.unwrap().file.is_none());
+    let (directory, _feed) = Directory::load(store).await.unwrap();
+    assert!(directory.key_by_hash(&hash(&first)).is_none());
+    assert_eq!(directory.keys().iter().filter(|key| key.admin).count(), 1);
+}
