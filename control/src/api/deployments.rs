@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use super::{
     Api, At, Caller, Problem, Stored,
     functions::{FunctionDto, FunctionReply, busy},
-    json::{Body, Names, Pairs, merged},
+    json::{Body, Names, Pairs, given, merged},
     retried,
 };
 use crate::{
@@ -82,8 +82,10 @@ pub(crate) struct DeploymentRequest {
     /// Which instance takes an invocation.
     #[schema(value_type = Option<Routing>)]
     routing: Option<Map<String, Value>>,
-    /// Share of the function's invocations. Default: by ready capacity.
-    traffic_weight: Option<u32>,
+    /// Share of the function's invocations. Default: by ready capacity; an update takes it back by `null`.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<u32>)]
+    traffic_weight: Option<Option<u32>>,
     /// Longest start of an instance. Default: PT10M.
     start_timeout: Option<IsoDuration>,
     /// Longest wait for an instance's requests when it goes. Default: PT5M.
@@ -504,7 +506,7 @@ impl DeploymentRequest {
         if let Some(given) = &self.routing {
             deployment.routing = merged("routing", &deployment.routing, given)?;
         }
-        deployment.traffic_weight = self.traffic_weight.or(deployment.traffic_weight);
+        deployment.traffic_weight = self.traffic_weight.unwrap_or(deployment.traffic_weight);
         for (given, place) in [
             (self.start_timeout, &mut deployment.start_timeout),
             (self.drain_timeout, &mut deployment.drain_timeout),

@@ -5,7 +5,7 @@ use std::{collections::HashSet, fmt};
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use http::{header, request::Parts};
 use serde::{
-    Deserializer, Serialize,
+    Deserialize, Deserializer, Serialize,
     de::{DeserializeOwned, DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::{Map, Value};
@@ -50,7 +50,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
 
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let value = Unique
+    let value = Unique { top: true }
         .deserialize(&mut deserializer)
         .and_then(|value| deserializer.end().map(|()| value))
         .map_err(|error| Problem::bad(format!("the body is not valid JSON: {error}")))?;
@@ -116,8 +116,22 @@ fn in_json(word: &str) -> String {
     }
 }
 
-/// Any JSON value; a name that comes twice in one object is an error, a `null` member is absent.
-struct Unique;
+/// Members of a body in which `null` is not the same as nothing: it takes back what was set.
+const NULLABLE: [&str; 1] = ["trafficWeight"];
+
+/// Any JSON value; a name that comes twice in one object is an error, a `null` member is absent, but for a body's
+/// [`NULLABLE`] ones.
+struct Unique {
+    /// Whether it is the body itself.
+    top: bool,
+}
+
+/// For a [`NULLABLE`] member, with `#[serde(default)]`: the outer is `None` where it is absent.
+pub(crate) fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
 
 impl<'de> DeserializeSeed<'de> for Unique {
     type Value = Value;
@@ -152,7 +166,7 @@ impl<'de> Visitor<'de> for Unique {
     }
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
         let mut all = Vec::new();
-        while let Some(value) = seq.next_element_seed(Unique)? {
+        while let Some(value) = seq.next_element_seed(Unique { top: false })? {
             all.push(value);
         }
         Ok(Value::Array(all))
@@ -161,11 +175,11 @@ impl<'de> Visitor<'de> for Unique {
         let mut seen = HashSet::new();
         let mut members = serde_json::Map::new();
         while let Some(name) = map.next_key::<String>()? {
-            let value = map.next_value_seed(Unique)?;
+            let value = map.next_value_seed(Unique { top: false })?;
             if !seen.insert(name.clone()) {
                 return Err(A::Error::custom(format!("the member '{name}' comes twice")));
             }
-            if !value.is_null() {
+            if !value.is_null() || self.top && NULLABLE.contains(&&*name) {
                 members.insert(name, value);
             }
         }

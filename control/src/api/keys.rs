@@ -233,7 +233,7 @@ pub(crate) async fn read(
 ) -> Result<Json<KeyReply>, Problem> {
     caller.needs("account_setup")?;
     Ok(Json(KeyReply {
-        key: dto(&*find(&api, &caller, &names)?),
+        key: dto(&find(&api, &caller, &names)?),
     }))
 }
 

@@ -1285,3 +1285,37 @@ async fn a_revoked_admin_key_stays_revoked() {
     assert!(directory.key_by_hash(&hash(&first)).is_none());
     assert_eq!(directory.keys().iter().filter(|key| key.admin).count(), 1);
 }
+
+#[tokio::test]
+async fn a_traffic_weight_can_be_taken_back() {
+    let weir = weir().await;
+    let (f, v) = weir.function().await;
+    let path = format!("/v2/nvcf/deployments/functions/{f}/versions/{v}");
+    let body = || spec("regions", json!([]));
+    let weighed = |weight: Value| with(body(), "trafficWeight", weight);
+    let weight = |answer: Value| answer["deployment"].get("trafficWeight").cloned();
+    weir.post(&path, weighed(json!("x")))
+        .await
+        .problem(400, "bad-request", "trafficWeight");
+    let made = weir.post(&path, weighed(json!(10))).await.ok();
+    assert_eq!(weight(made), Some(json!(10)));
+    for (body, left) in [
+        (body(), Some(json!(10))),
+        (weighed(json!(7)), Some(json!(7))),
+        (weighed(Value::Null), None),
+        (body(), None),
+    ] {
+        let put = weir.call(ADMIN, "PUT", &path, body).await.ok();
+        assert_eq!(weight(put), left);
+        let read = weir.get(&path).await.ok();
+        assert_eq!(weight(read), left);
+    }
+    // Elsewhere `null` is nothing, as ever.
+    let put = with(
+        with(body(), "startTimeout", Value::Null),
+        "queue",
+        json!({"maxRequests": null}),
+    );
+    let put = weir.call(ADMIN, "PUT", &path, put).await.ok();
+    assert_eq!(put["deployment"]["startTimeout"], "PT10M");
+}
