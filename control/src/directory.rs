@@ -248,7 +248,11 @@ impl Directory {
             Partition::Accounts => match value {
                 Some(value) => {
                     let decoded: Account = decode(key, value)?;
-                    self.accounts.insert(decoded.id.clone(), Arc::new(decoded));
+                    if decoded.deleted_at.is_some() {
+                        self.accounts.remove(&decoded.id);
+                    } else {
+                        self.accounts.insert(decoded.id.clone(), Arc::new(decoded));
+                    }
                 }
                 None => self.accounts.retain(|id, _| record::account(id) != key),
             },

@@ -497,6 +497,9 @@ pub struct Account {
     pub id: AccountId,
     pub name: String,
     pub created_at: Timestamp,
+    /// The record stays: what still names the account must not come to mean another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deleted_at: Option<Timestamp>,
 }
 
 /// The six states of a version.

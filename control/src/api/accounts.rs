@@ -11,9 +11,10 @@ use utoipa::ToSchema;
 use super::{
     Api, At, Caller, Problem,
     json::{Body, Names, checked_label},
+    retried,
 };
 use crate::{
-    directory::{encode, record},
+    directory::{decode, encode, record},
     model::{Account, AccountId},
     store::{Change, Expect, Partition, StoreError},
 };
@@ -102,15 +103,16 @@ pub(crate) async fn create(
         id: AccountId(request.nca_id.into()),
         name: request.name,
         created_at: Timestamp::now(),
+        deleted_at: None,
     };
-    let taken = || {
+    let taken = |how: &str| {
         Problem::conflict(format!(
-            "account '{}' is there already: choose another ncaId",
+            "account '{}' {how}: choose another ncaId",
             account.id
         ))
     };
     if exists(&api, &account.id) {
-        return Err(taken());
+        return Err(taken("is there already"));
     }
     let change = Change {
         key: record::account(&account.id),
@@ -119,7 +121,9 @@ pub(crate) async fn create(
     };
     match api.store.commit(Partition::Accounts, vec![change]).await {
         Ok(revision) => api.settle(Partition::Accounts, revision).await,
-        Err(StoreError::Conflict { .. }) => return Err(taken()),
+        Err(StoreError::Conflict { .. }) => {
+            return Err(taken("is there already, or was deleted"));
+        }
         Err(error) => return Err(error.into()),
     }
     Ok(Json(AccountReply {
@@ -169,7 +173,50 @@ pub(crate) async fn read(
     Ok(Json(AccountReply { account }))
 }
 
-/// Deletes an account that has neither functions nor keys. Scope: account_setup.
+/// Reads an account, changes it, writes it back if nobody else did.
+async fn change(
+    api: &Api,
+    id: &AccountId,
+    change: impl Fn(&mut Account),
+) -> Result<Account, Problem> {
+    let key = record::account(id);
+    retried!(
+        async {
+            let found = api.store.get(Partition::Accounts, &key).await?;
+            let (mut account, expect) = match found {
+                Some(found) => (
+                    decode::<Account>(&key, &found.value)?,
+                    Expect::Revision(found.revision),
+                ),
+                None if *id == AccountId::default_account() => {
+                    let account = Account {
+                        id: id.clone(),
+                        name: id.to_string(),
+                        created_at: Timestamp::now(),
+                        deleted_at: None,
+                    };
+                    (account, Expect::Absent)
+                }
+                None => return Err(none(id)),
+            };
+            if account.deleted_at.is_some() {
+                return Err(none(id));
+            }
+            change(&mut account);
+            let written = Change {
+                key: key.clone(),
+                expect,
+                value: Some(encode(&account)),
+            };
+            api.commit(Partition::Accounts, vec![written]).await?;
+            Ok(account)
+        }
+        .await
+    )
+}
+
+/// Deletes an account that has neither functions nor keys. Its ncaId is not given again, since other accounts'
+/// functions may still name it. Scope: account_setup.
 #[utoipa::path(delete, path = "/accounts/{ncaId}", params(("ncaId" = String, Path)), responses((status = 204)))]
 pub(crate) async fn delete(
     State(api): At,
@@ -198,11 +245,9 @@ pub(crate) async fn delete(
             "account '{id}' still has {functions} functions and {keys} keys: delete them first"
         )));
     }
-    let change = Change {
-        key: record::account(&id),
-        expect: Expect::Anything,
-        value: None,
-    };
-    api.commit(Partition::Accounts, vec![change]).await?;
+    change(&api, &id, |account| {
+        account.deleted_at = Some(Timestamp::now());
+    })
+    .await?;
     Ok(StatusCode::NO_CONTENT)
 }

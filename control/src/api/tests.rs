@@ -1319,3 +1319,38 @@ async fn a_traffic_weight_can_be_taken_back() {
     let put = weir.call(ADMIN, "PUT", &path, put).await.ok();
     assert_eq!(put["deployment"]["startTimeout"], "PT10M");
 }
+
+#[tokio::test]
+async fn a_deleted_accounts_name_is_not_given_again() {
+    let weir = weir().await;
+    let accounts = "/v2/nvcf/accounts";
+    let b = || json!({"ncaId": "b", "name": "b"});
+    weir.post(accounts, b()).await.ok();
+    let (f, _) = weir.function().await;
+    let shares = format!("/v2/nvcf/authorizations/functions/{f}");
+    let parties = json!({"authorizedParties": [{"ncaId": "b"}]});
+    weir.post(&shares, parties).await.ok();
+    let path = format!("{accounts}/b");
+    let gone = weir.call(ADMIN, "DELETE", &path, json!({})).await;
+    assert_eq!(gone.status, 204);
+    weir.get(&path)
+        .await
+        .problem(404, "not-found", "no account");
+    weir.call(ADMIN, "DELETE", &path, json!({}))
+        .await
+        .problem(404, "not-found", "no account");
+    // Another tenant of that name would get what was the first one's: what was shared with it, its rates.
+    weir.post(accounts, b())
+        .await
+        .problem(409, "conflict", "choose another ncaId");
+    weir.post(
+        "/v2/weir/keys",
+        json!({"name": "k", "account": "b", "scopes": []}),
+    )
+    .await
+    .problem(404, "not-found", "no account");
+    let (directory, _feed) = Directory::load(&*weir.context.store).await.unwrap();
+    assert!(directory.accounts().is_empty(), "after a start too");
+    let listed = weir.get(accounts).await.ok();
+    assert_eq!(listed["accounts"].as_array().unwrap().len(), 1);
+}
