@@ -337,8 +337,24 @@ impl Caller {
 
     /// Whether the key may name the function at all.
     fn names(&self, function: FunctionId) -> bool {
-        let limited = self.key.functions.as_ref();
-        self.key.admin || limited.is_none_or(|all| all.contains(&function))
+        self.limits().is_none_or(|all| all.contains(&function))
+    }
+
+    /// The functions it is limited to, where it is.
+    fn limits(&self) -> Option<&[FunctionId]> {
+        let limited = self.key.functions.as_deref();
+        limited.filter(|_| !self.key.admin)
+    }
+
+    /// For what goes beyond any single function.
+    fn unlimited(&self, what: &str) -> Result<(), Problem> {
+        if self.limits().is_none() {
+            return Ok(());
+        }
+        Err(Problem::forbidden(format!(
+            "key '{}' may name certain functions only, so it can't {what}: use a key without such a list",
+            self.key.name
+        )))
     }
 
     fn owns(&self, view: &FunctionView) -> bool {

@@ -93,6 +93,7 @@ pub(crate) async fn create(
     Body(request): Body<CreateAccountRequest>,
 ) -> Result<Json<AccountReply>, Problem> {
     caller.needs("account_setup")?;
+    caller.unlimited("make an account")?;
     if !valid(&request.nca_id) {
         return Err(Problem::bad(
             "ncaId: has to be 1 to 128 letters, digits or any of ._:-",
@@ -224,6 +225,7 @@ pub(crate) async fn delete(
     names: Names,
 ) -> Result<StatusCode, Problem> {
     caller.needs("account_setup")?;
+    caller.unlimited("delete an account")?;
     let id = named(&api, &caller, &names)?;
     if id == AccountId::default_account() {
         return Err(Problem::bad("the account 'default' is always there"));

@@ -162,6 +162,13 @@ pub(crate) async fn create(
     }))
 }
 
+/// Whether a key of these functions names none that the caller may not.
+fn within(caller: &Caller, functions: Option<&[FunctionId]>) -> bool {
+    caller
+        .limits()
+        .is_none_or(|own| functions.is_some_and(|all| all.iter().all(|f| own.contains(f))))
+}
+
 /// A key gives no more than it has.
 fn may_give(
     caller: &Caller,
@@ -175,9 +182,7 @@ fn may_give(
             "scopes: this key lacks {lacking}, so it can't give it: use a key that has it"
         )));
     }
-    if let Some(own) = &caller.key.functions
-        && !functions.is_some_and(|all| all.iter().all(|f| own.contains(f)))
-    {
+    if !within(caller, functions) {
         return Err(Problem::forbidden(
             "functions: this key may name certain functions only: list some of these",
         ));
@@ -202,14 +207,21 @@ fn find(api: &Api, caller: &Caller, names: &Names) -> Result<Arc<Key>, Problem> 
     let id: KeyId = names.id("keyId")?;
     let key = api.directory.key(id);
     let key = key.filter(|key| caller.any || key.account == caller.account && !key.admin);
-    key.ok_or_else(|| {
+    let key = key.ok_or_else(|| {
         Problem::missing(format!(
             "there is no key {id}: GET /v2/weir/keys lists those there are"
         ))
-    })
+    })?;
+    if within(caller, key.functions.as_deref()) {
+        return Ok(key);
+    }
+    Err(Problem::forbidden(format!(
+        "key '{}' may name certain functions only, and key {id} more than these: use a key that may",
+        caller.key.name
+    )))
 }
 
-/// The keys of the account; the admin's, all. Scope: account_setup.
+/// The keys of the account; the admin's, all; for a key limited to some functions, those with none besides. Scope: account_setup.
 #[utoipa::path(get, path = "/keys", responses((status = 200, body = KeysReply)))]
 pub(crate) async fn list(State(api): At, caller: Caller) -> Result<Json<KeysReply>, Problem> {
     caller.needs("account_setup")?;
@@ -218,6 +230,7 @@ pub(crate) async fn list(State(api): At, caller: Caller) -> Result<Json<KeysRepl
         .keys()
         .iter()
         .filter(|key| caller.any || key.account == caller.account && !key.admin)
+        .filter(|key| within(&caller, key.functions.as_deref()))
         .map(|key| dto(key))
         .collect();
     keys.sort_by_key(|key| (key.created_at, key.id));

@@ -1354,3 +1354,71 @@ async fn a_deleted_accounts_name_is_not_given_again() {
     let listed = weir.get(accounts).await.ok();
     assert_eq!(listed["accounts"].as_array().unwrap().len(), 1);
 }
+
+#[tokio::test]
+async fn a_key_of_some_functions_stays_within_them() {
+    let weir = weir().await;
+    let ((mine, _), (other, v)) = (weir.function().await, weir.function().await);
+    let made = |functions: Value| json!({"name": "k", "scopes": SCOPES, "functions": functions});
+    let limited = weir.key(made(json!([mine]))).await;
+    let call = |method: &'static str, path: String, body: Value| {
+        let (weir, limited) = (&weir, &limited);
+        async move { weir.call(limited, method, &path, body).await }
+    };
+    let keys = "/v2/weir/keys";
+    for functions in [Value::Null, json!([other]), json!([mine, other])] {
+        let key = weir.post(keys, made(functions)).await.ok();
+        let path = format!("{keys}/{}", key["key"]["id"].as_str().unwrap());
+        for method in ["GET", "DELETE"] {
+            call(method, path.clone(), json!({}))
+                .await
+                .problem(403, "forbidden", "certain functions only");
+        }
+        assert_eq!(weir.get(&path).await.status, 200, "it is still there");
+    }
+    let listed = call("GET", keys.into(), json!({})).await.ok();
+    assert_eq!(listed["keys"].as_array().unwrap().len(), 1, "itself alone");
+    for functions in [Value::Null, json!([other])] {
+        call("POST", keys.into(), made(functions))
+            .await
+            .problem(403, "forbidden", "functions");
+    }
+    let own = call("POST", keys.into(), made(json!([mine]))).await.ok();
+    let own = format!("{keys}/{}", own["key"]["id"].as_str().unwrap());
+    assert_eq!(call("DELETE", own, json!({})).await.status, 204);
+
+    let accounts = "/v2/nvcf/accounts";
+    for (method, path, body) in [
+        ("POST", accounts.into(), json!({"ncaId": "z", "name": "z"})),
+        ("DELETE", format!("{accounts}/default"), json!({})),
+        ("POST", "/v2/nvcf/functions".into(), echo()),
+        (
+            "POST",
+            format!("/v2/nvcf/functions/{other}/versions"),
+            echo(),
+        ),
+        (
+            "POST",
+            format!("/v2/nvcf/authorizations/functions/{other}"),
+            json!({"authorizedParties": [{"ncaId": "*"}]}),
+        ),
+        (
+            "GET",
+            format!("/v2/nvcf/queues/functions/{other}"),
+            json!({}),
+        ),
+        (
+            "DELETE",
+            format!("/v2/nvcf/functions/{other}/versions/{v}"),
+            json!({}),
+        ),
+    ] {
+        let answer = call(method, path.clone(), body).await;
+        assert_eq!(answer.status, 403, "{method} {path}: {}", answer.body);
+    }
+    let listed = call("GET", "/v2/nvcf/functions/ids".into(), json!({}));
+    assert_eq!(listed.await.ok()["functionIds"], json!([mine]));
+    call("GET", format!("/v2/weir/decisions?version={v}"), json!({}))
+        .await
+        .problem(404, "unknown-function", "no version");
+}
