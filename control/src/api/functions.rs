@@ -40,6 +40,8 @@ pub(crate) enum FunctionType {
 pub(crate) enum ApiBodyFormat {
     #[default]
     Custom,
+    #[serde(rename = "PREDICT_V2")]
+    PredictV2,
 }
 
 /// A health check. With `process` or `endpoints`, `port` may be left out: the instance's own.
@@ -91,7 +93,8 @@ pub(crate) struct RateLimitBody {
 pub(crate) struct CreateFunctionRequest {
     /// 1 to 128 letters, digits, `-`, `_`; starts with a letter or digit. Need not be unique.
     name: String,
-    /// Path called for pexec; the leading `/` is added where it is missing.
+    /// Path called for pexec; the leading `/` is added where it is missing. `/grpc`, NVCF's name for a gRPC function,
+    /// is refused: these aren't supported yet.
     inference_url: String,
     /// Port of an instance, 1 to 65535. Default: its own (`PORT`).
     inference_port: Option<u16>,
@@ -110,7 +113,7 @@ pub(crate) struct CreateFunctionRequest {
     description: Option<String>,
     /// Default: none.
     rate_limit: Option<RateLimitBody>,
-    /// Only `CUSTOM`. Default: `CUSTOM`.
+    /// Echoed: bodies are passed on as they are. Default: `CUSTOM`.
     #[serde(default, deserialize_with = "any_case")]
     api_body_format: ApiBodyFormat,
     /// `DEFAULT` or `STREAMING`, echoed. Default: `DEFAULT`.
@@ -554,6 +557,11 @@ impl CreateFunctionRequest {
             valid_name(&self.name),
             "name: has to be 1 to 128 letters, digits, - or _, and start with a letter or digit",
         )?;
+        let inference_url = path("inferenceUrl", &self.inference_url)?;
+        check(
+            inference_url != "/grpc",
+            "inferenceUrl: /grpc means a gRPC function, which isn't supported yet: name an HTTP path such as /v2/infer",
+        )?;
         check(
             self.inference_port != Some(0),
             "inferencePort: has to be 1 to 65535",
@@ -672,7 +680,7 @@ impl CreateFunctionRequest {
             account,
             name: self.name,
             description,
-            inference_url: path("inferenceUrl", &self.inference_url)?,
+            inference_url,
             inference_port: self.inference_port,
             health,
             launch,

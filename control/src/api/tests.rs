@@ -388,6 +388,9 @@ async fn a_wrong_function_is_refused_with_the_reason() {
         ),
         ("rateLimit", json!({"syncCheck": true}), "is needed"),
         ("inferenceUrl", json!("/a#b"), "inferenceUrl"),
+        ("inferenceUrl", json!("/grpc"), "gRPC function"),
+        ("inferenceUrl", json!("grpc"), "gRPC function"),
+        ("apiBodyFormat", json!("V3"), "apiBodyFormat"),
         ("process", json!({"command": []}), "process.command"),
         (
             "process",
@@ -492,6 +495,23 @@ async fn a_wrong_function_is_refused_with_the_reason() {
     )
     .await
     .ok();
+}
+
+#[tokio::test]
+async fn a_body_format_is_echoed() {
+    let weir = weir().await;
+    for (given, echoed) in [
+        ("PREDICT_V2", "PREDICT_V2"),
+        ("predict_v2", "PREDICT_V2"),
+        ("custom", "CUSTOM"),
+    ] {
+        let body = with(echo(), "apiBodyFormat", json!(given));
+        let made = weir.post("/v2/nvcf/functions", body).await.ok();
+        assert_eq!(made["function"]["apiBodyFormat"], echoed);
+    }
+    // Only the very path means gRPC.
+    let body = with(echo(), "inferenceUrl", json!("/grpc/infer"));
+    weir.post("/v2/nvcf/functions", body).await.ok();
 }
 
 #[tokio::test]
