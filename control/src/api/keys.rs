@@ -245,9 +245,8 @@ pub(crate) async fn read(
     names: Names,
 ) -> Result<Json<KeyReply>, Problem> {
     caller.needs("account_setup")?;
-    Ok(Json(KeyReply {
-        key: dto(&find(&api, &caller, &names)?),
-    }))
+    let key = find(&api, &caller, &names)?;
+    Ok(Json(KeyReply { key: dto(&key) }))
 }
 
 /// Revokes a key. Scope: account_setup.

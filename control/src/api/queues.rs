@@ -48,7 +48,8 @@ fn depth(
     let mut any = false;
     let queues: Vec<QueueDto> = readable
         .inspect(|_| any = true)
-        .filter(|v| v.state != FunctionState::Inactive)
+        // Not by the state: one that is undeployed gracefully is INACTIVE and still has its queue.
+        .filter(|v| v.deployment.is_some())
         .map(|v| QueueDto {
             function_version_id: v.version.id,
             function_name: v.version.name.clone(),
@@ -68,7 +69,7 @@ fn depth(
     }
 }
 
-/// The queues of a function's deployed versions. Scope: queue_details.
+/// The queues of a function's deployed versions, until the last invocation of a graceful undeploy is done. Scope: queue_details.
 #[utoipa::path(get, path = "/queues/functions/{functionId}", params(("functionId" = FunctionId, Path)), responses((status = 200, body = QueuesReply)))]
 pub(crate) async fn of_function(
     State(api): At,
@@ -78,7 +79,7 @@ pub(crate) async fn of_function(
     depth(&api, &caller, names.function()?, None)
 }
 
-/// The queue of a version. Scope: queue_details.
+/// The queue of a version, until the last invocation of a graceful undeploy is done. Scope: queue_details.
 #[utoipa::path(get, path = "/queues/functions/{functionId}/versions/{functionVersionId}", params(("functionId" = FunctionId, Path), ("functionVersionId" = VersionId, Path)), responses((status = 200, body = QueuesReply)))]
 pub(crate) async fn of_version(
     State(api): At,

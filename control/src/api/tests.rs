@@ -285,6 +285,11 @@ async fn a_function_lives_and_goes() {
         .await
         .ok();
     assert_eq!(gone["function"]["status"], "INACTIVE");
+    for path in [&queue, &format!("{queue}/versions/{v}")] {
+        let draining = weir.get(path).await.ok();
+        assert_eq!(draining["queues"][0]["functionStatus"], "INACTIVE");
+        assert_eq!(draining["queues"][0]["queueDepth"], 3, "it still drains");
+    }
     weir.post(&deployments, body.clone())
         .await
         .problem(400, "bad-request", "being undeployed");
@@ -294,6 +299,9 @@ async fn a_function_lives_and_goes() {
     weir.call(ADMIN, "DELETE", &deployments, json!({}))
         .await
         .problem(400, "bad-request", "not deployed");
+    weir.get(&queue)
+        .await
+        .problem(404, "not-found", "deploy a version");
 
     weir.post(&deployments, body).await.ok();
     let limit = format!("/v2/nvcf/ratelimit/functions/{f}/versions/{v}");
@@ -1270,9 +1278,11 @@ async fn a_revoked_admin_key_stays_revoked() {
     while weir.context.directory.key(auth::ADMIN_KEY).is_none() {
         tokio::task::yield_now().await;
     }
-    weir.call(&first, "DELETE", &path, json!({}))
-        .await
-        .problem(409, "conflict", "can't revoke itself");
+    weir.call(&first, "DELETE", &path, json!({})).await.problem(
+        409,
+        "conflict",
+        "can't revoke itself",
+    );
     weir.call(
         ADMIN,
         "DELETE",
@@ -1292,8 +1302,9 @@ async fn a_revoked_admin_key_stays_revoked() {
         let none = start(variable).await.unwrap();
         assert!(none.key.is_none() && none.file.is_none());
     }
-    let stored = store.get(Partition::Keys, &record::key(auth::ADMIN_KEY));
-    assert!(stored.await.unwrap().is_none());
+    let stored = record::key(auth::ADMIN_KEY);
+    let stored = store.get(Partition::Keys, &stored).await.unwrap();
+    assert!(stored.is_none());
     // Another variable does for a new one, and so does the file's removal; that of the old file's is still none.
     assert!(start(Some("another".into())).await.unwrap().key.is_some());
     std::fs::remove_file(&file).unwrap();
@@ -1390,9 +1401,11 @@ async fn a_key_of_some_functions_stays_within_them() {
         let key = weir.post(keys, made(functions)).await.ok();
         let path = format!("{keys}/{}", key["key"]["id"].as_str().unwrap());
         for method in ["GET", "DELETE"] {
-            call(method, path.clone(), json!({}))
-                .await
-                .problem(403, "forbidden", "certain functions only");
+            call(method, path.clone(), json!({})).await.problem(
+                403,
+                "forbidden",
+                "certain functions only",
+            );
         }
         assert_eq!(weir.get(&path).await.status, 200, "it is still there");
     }
