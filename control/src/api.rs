@@ -16,6 +16,7 @@ mod problem;
 mod queues;
 #[cfg(test)]
 mod tests;
+mod unsupported;
 
 use std::{
     collections::HashMap,
@@ -477,6 +478,7 @@ pub fn router(context: Arc<Context>) -> axum::Router {
         tallies: Mutex::default(),
     });
     router
+        .merge(unsupported::routes())
         .route(
             "/openapi.json",
             get(move || async move {
@@ -501,7 +503,7 @@ pub fn description() -> OpenApi {
 fn parts() -> (axum::Router<Arc<Api>>, OpenApi) {
     let admin = OpenApiRouter::new()
         .routes(routes!(accounts::create, accounts::list))
-        .routes(routes!(accounts::read, accounts::delete));
+        .routes(routes!(accounts::read, accounts::update, accounts::delete));
     let twins = tenant().routes(routes!(deployments::list));
     let own = OpenApiRouter::new()
         .routes(routes!(keys::create, keys::list))

@@ -29,6 +29,14 @@ pub(crate) struct CreateAccountRequest {
     name: String,
 }
 
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(example = json!({"name": "Team A"}))]
+pub(crate) struct UpdateAccountRequest {
+    /// 1 to 128 characters, none of them a control character.
+    name: String,
+}
+
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct AccountDto {
@@ -71,7 +79,7 @@ fn dto(account: &Account) -> AccountDto {
     AccountDto {
         nca_id: account.id.to_string(),
         name: account.name.clone(),
-        created_at: Some(account.created_at),
+        created_at: (account.id != AccountId::default_account()).then_some(account.created_at),
     }
 }
 
@@ -214,6 +222,24 @@ async fn change(
         }
         .await
     )
+}
+
+/// Gives an account another name. Scope: account_setup.
+#[utoipa::path(patch, path = "/accounts/{ncaId}", params(("ncaId" = String, Path)), request_body = UpdateAccountRequest, responses((status = 200, body = AccountReply)))]
+pub(crate) async fn update(
+    State(api): At,
+    caller: Caller,
+    names: Names,
+    Body(request): Body<UpdateAccountRequest>,
+) -> Result<Json<AccountReply>, Problem> {
+    caller.needs("account_setup")?;
+    caller.unlimited("change an account")?;
+    let id = named(&api, &caller, &names)?;
+    checked_label(&request.name)?;
+    let account = change(&api, &id, |account| account.name.clone_from(&request.name)).await?;
+    Ok(Json(AccountReply {
+        account: dto(&account),
+    }))
 }
 
 /// Deletes an account that has neither functions nor keys. Its ncaId is not given again, since other accounts'

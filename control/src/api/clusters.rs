@@ -34,6 +34,7 @@ struct InstanceType {
     /// Whether it is the one to take when in doubt.
     default: bool,
 }
+/// Weir's nodes. There is no `k8sVersion`, since no Kubernetes runs them.
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 struct Cluster {

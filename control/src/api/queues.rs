@@ -90,7 +90,8 @@ pub(crate) async fn of_version(
     depth(&api, &caller, function, Some(version))
 }
 
-/// Where a waiting invocation is. Scope: queue_details.
+/// Where a waiting invocation is. What does not wait answers 404: what was dispatched is not told from what never came.
+/// Scope: queue_details.
 #[utoipa::path(get, path = "/queues/{requestId}/position", params(("requestId" = Uuid, Path)), responses((status = 200, body = PositionReply)))]
 pub(crate) async fn position(
     State(api): At,

@@ -1091,7 +1091,7 @@ async fn the_description_is_whole() {
             assert_eq!(answer.status, 401, "{method} {path}");
         }
     }
-    assert_eq!(count, 2 * 32 + 1 + 4 + 9, "each route is described");
+    assert_eq!(count, 2 * 32 + 1 + 5 + 9, "each route is described");
     let all = text.to_string();
     for reference in all.split("\"#/components/schemas/").skip(1) {
         let name = reference.split('"').next().unwrap();
@@ -1424,6 +1424,7 @@ async fn a_key_of_some_functions_stays_within_them() {
     for (method, path, body) in [
         ("POST", accounts.into(), json!({"ncaId": "z", "name": "z"})),
         ("DELETE", format!("{accounts}/default"), json!({})),
+        ("PATCH", format!("{accounts}/default"), json!({"name": "z"})),
         ("POST", "/v2/nvcf/functions".into(), echo()),
         (
             "POST",
@@ -1454,4 +1455,86 @@ async fn a_key_of_some_functions_stays_within_them() {
     call("GET", format!("/v2/weir/decisions?version={v}"), json!({}))
         .await
         .problem(404, "unknown-function", "no version");
+}
+
+#[tokio::test]
+async fn an_account_gets_another_name() {
+    let weir = weir().await;
+    let accounts = "/v2/nvcf/accounts";
+    let made = weir
+        .post(accounts, json!({"ncaId": "a", "name": "old"}))
+        .await
+        .ok();
+    let own = weir
+        .key(json!({"name": "k", "account": "a", "scopes": SCOPES}))
+        .await;
+    let rename = |key: String, id: &'static str, name: &'static str| {
+        let (weir, path) = (&weir, format!("{accounts}/{id}"));
+        async move { weir.call(&key, "PATCH", &path, json!({"name": name})).await }
+    };
+    for (key, id) in [(ADMIN, "a"), (ADMIN, "default"), (&own, "a")] {
+        let name = if key == ADMIN { "new" } else { "own" };
+        let renamed = rename(key.to_owned(), id, name).await.ok();
+        assert_eq!(renamed["account"]["name"], name);
+        let read = weir.get(&format!("{accounts}/{id}")).await.ok();
+        assert_eq!(read, renamed);
+        let at = |answer: &Value| answer["account"].get("createdAt").cloned();
+        let expected = at(&made).filter(|_| id == "a");
+        assert_eq!(at(&renamed), expected, "the default one was not made");
+    }
+    rename(ADMIN.into(), "b", "new")
+        .await
+        .problem(404, "not-found", "no account");
+    rename(own, "default", "new")
+        .await
+        .problem(404, "not-found", "no account");
+    rename(ADMIN.into(), "a", "")
+        .await
+        .problem(400, "bad-request", "name");
+}
+
+#[tokio::test]
+async fn says_what_of_nvcf_it_does_not_serve() {
+    let weir = weir().await;
+    let id = Uuid::new_v4();
+    let none = weir.key(json!({"name": "k", "scopes": []})).await;
+    for (method, path, says) in [
+        (
+            "PUT",
+            format!("secrets/functions/{id}/versions/{id}"),
+            "not supported yet",
+        ),
+        (
+            "PUT",
+            format!("accounts/default/secrets/functions/{id}/versions/{id}"),
+            "not supported yet",
+        ),
+        (
+            "PUT",
+            format!("secrets/telemetries/{id}"),
+            "not supported yet",
+        ),
+        (
+            "PATCH",
+            "accounts/default/clients/associate".into(),
+            "/v2/weir/keys",
+        ),
+        (
+            "PATCH",
+            "accounts/default/clients/disassociate".into(),
+            "/v2/weir/keys",
+        ),
+        ("GET", "clients/someone".into(), "/v2/weir/keys"),
+    ] {
+        let path = format!("/v2/nvcf/{path}");
+        weir.call(ADMIN, method, &path, json!({}))
+            .await
+            .problem(400, "bad-request", says);
+        let refused = weir.call(&none, method, &path, json!({})).await;
+        assert_eq!(refused.status, 403, "{method} {path}");
+        let nobody = weir.call("no", method, &path, json!({})).await;
+        assert_eq!(nobody.status, 401, "{method} {path}");
+        let wrong = weir.call(ADMIN, "POST", &path, json!({})).await;
+        wrong.problem(405, "bad-request", "method");
+    }
 }
