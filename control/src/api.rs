@@ -8,6 +8,7 @@ mod accounts;
 mod authorizations;
 mod clusters;
 mod deployments;
+mod description;
 mod functions;
 mod instances;
 mod json;
@@ -415,7 +416,12 @@ impl Caller {
     info(
         title = "Weir",
         description = "Serverless GPU functions: the lifecycle API of NVIDIA Cloud Functions, and Weir's own. \
-            Errors are RFC 9457 problem documents; every answer has an NVCF-REQID header."
+            Errors are RFC 9457 problem documents; every answer has an NVCF-REQID header. Members that are not described \
+            are ignored, and a `null` member is the same as none, but for a deployment's `trafficWeight`; names of \
+            enumerations are taken in any case. Durations are ISO 8601, moments RFC 3339. Invocations are not here: they \
+            go to the data plane, as plain HTTP with a `function-id` header or to \
+            /v2/nvcf/pexec/functions/{functionId}. Paths under /v2/nvcf/accounts/{ncaId} act for that account and are \
+            the admin key's."
     ),
     components(schemas(problem::ProblemDocument))
 )]
@@ -469,10 +475,7 @@ fn tenant() -> OpenApiRouter<Arc<Api>> {
 /// The whole API and its description.
 pub fn router(context: Arc<Context>) -> axum::Router {
     let (router, description) = parts();
-    let text: Arc<str> = description
-        .to_json()
-        .expect("a description serialises")
-        .into();
+    let text: Arc<str> = description::finished(&description).to_string().into();
     let api = Arc::new(Api {
         context,
         tallies: Mutex::default(),
@@ -492,12 +495,6 @@ pub fn router(context: Arc<Context>) -> axum::Router {
         .method_not_allowed_fallback(problem::no_method)
         .layer(middleware::from_fn(problem::answer))
         .with_state(api)
-}
-
-/// What `/openapi.json` answers.
-#[must_use]
-pub fn description() -> OpenApi {
-    parts().1
 }
 
 fn parts() -> (axum::Router<Arc<Api>>, OpenApi) {

@@ -77,7 +77,7 @@ impl fmt::Display for AccountId {
     }
 }
 
-/// A duration written as ISO 8601 (`PT1M30S`), as NVCF writes them.
+/// A duration written as ISO 8601 (`PT1M30S`), as NVCF writes them. A day has 24 hours; months and years are refused.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ToSchema)]
 #[schema(value_type = String, example = "PT1M30S")]
 pub struct IsoDuration(pub Duration);
@@ -164,7 +164,9 @@ where
 #[serde(rename_all = "camelCase")]
 pub struct ProcessSpec {
     /// The program and its arguments; no shell is involved.
+    #[schema(min_items = 1)]
     pub command: Vec<String>,
+    /// Its environment, besides what Weir sets. Default: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub env: Vec<EnvVar>,
     /// Where it starts; default: the agent's data directory, or `/` where the instance's user may not enter that.
@@ -174,7 +176,11 @@ pub struct ProcessSpec {
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct EnvVar {
+    /// Not empty, without `=` and NUL; neither `PORT` nor `WEIR_…`.
+    #[schema(pattern = "^[^=\\x00]+$")]
     pub key: String,
+    /// Without NUL.
+    #[schema(pattern = "^[^\\x00]*$")]
     pub value: String,
 }
 
@@ -198,11 +204,16 @@ pub enum HealthProtocol {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Health {
+    /// Always `HTTP`.
     pub protocol: HealthProtocol,
+    /// Path that is asked.
     pub uri: String,
+    /// Absent: the instance's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
+    /// Longest wait for an answer.
     pub timeout: IsoDuration,
+    /// Status that means healthy.
     pub expected_status_code: u16,
 }
 
@@ -330,14 +341,20 @@ pub enum AutoscalingPolicy {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Autoscaling {
+    /// What decides: `concurrency` looks at the requests in flight, `nvcf-step` does as NVCF does. Default:
+    /// `concurrency`.
     #[serde(deserialize_with = "any_case")]
     pub policy: AutoscalingPolicy,
-    /// Share of an instance's slots to aim at, above 0 and at most 1.
+    /// Share of an instance's slots to aim at, above 0 and at most 1. Default: 0.7.
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     pub target_utilization: f64,
+    /// Load is averaged over so long; above 0. Default: PT1M.
     pub stable_window: IsoDuration,
+    /// A burst is looked for in so long; above 0, at most stableWindow. Default: PT6S.
     pub panic_window: IsoDuration,
+    /// An instance goes when it was too many for so long. Default: PT0S.
     pub scale_in_delay: IsoDuration,
-    /// Without any invocation for so long, the instances above minInstances go.
+    /// Without any invocation for so long, the instances above minInstances go; above 0. Default: PT5M.
     pub idle_timeout: IsoDuration,
 }
 impl Default for Autoscaling {
@@ -356,15 +373,15 @@ impl Default for Autoscaling {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct QueueSettings {
-    /// Invocations that may wait.
+    /// Invocations that may wait. Default: 1000.
     pub max_requests: u64,
-    /// Bytes of bodies that may wait in memory.
+    /// Bytes of bodies that may wait in memory. Default: 268435456 (256 MiB).
     pub max_bytes: u64,
-    /// Bytes of one body that are read while it waits.
+    /// Bytes of one body that are read while it waits, at most maxBytes. Default: 65536 (64 KiB).
     pub hold_bytes: u64,
-    /// Longest wait while an instance is ready.
+    /// Longest wait while an instance is ready; above 0. Default: PT1M.
     pub busy_timeout: IsoDuration,
-    /// Longest wait while none is.
+    /// Longest wait while none is; above 0. Default: PT10M.
     pub cold_timeout: IsoDuration,
 }
 impl Default for QueueSettings {
@@ -390,8 +407,12 @@ pub enum RoutingPolicy {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Routing {
+    /// `least-loaded`: the instance with the lowest share of its slots busy; `consistent-hash`: the one that the
+    /// header chooses, unless it has too much to do. Default: `least-loaded`.
     #[serde(deserialize_with = "any_case")]
     pub policy: RoutingPolicy,
+    /// The name of the header that `consistent-hash` looks at. Default: `x-session-id`.
+    #[schema(pattern = "^[A-Za-z0-9!#$%&'*+.^_`|~-]+$", max_length = 128)]
     pub session_header: String,
 }
 impl Default for Routing {
@@ -564,12 +585,19 @@ impl InstanceState {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Instance {
+    /// Its ID.
     pub id: InstanceId,
+    /// Its function.
     pub function_id: FunctionId,
+    /// Its version.
     pub function_version_id: VersionId,
+    /// Its deployment.
     pub deployment_id: DeploymentId,
+    /// The specification that asked for it.
     pub gpu_specification_id: GpuSpecificationId,
+    /// The machine it is on.
     pub node: String,
+    /// As its agent last saw it.
     pub state: InstanceState,
     /// Where it takes requests; dialled only while `ready` or `draining`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -577,13 +605,17 @@ pub struct Instance {
     pub address: Option<SocketAddr>,
     /// Slots: its maxRequestConcurrency.
     pub capacity: u32,
+    /// Its process; absent for an endpoint, and without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
+    /// When it was asked for.
     #[schema(value_type = String)]
     pub created_at: Timestamp,
+    /// When its process was last started.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub spawned_at: Option<Timestamp>,
+    /// When it was first healthy since that start.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub first_healthy_at: Option<Timestamp>,

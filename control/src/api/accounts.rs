@@ -23,9 +23,19 @@ use crate::{
 #[serde(rename_all = "camelCase")]
 #[schema(example = json!({"ncaId": "team-a", "name": "Team A"}))]
 pub(crate) struct CreateAccountRequest {
-    /// 1 to 128 letters, digits, `.`, `_`, `:`, `-`.
+    /// Its ID: 1 to 128 letters, digits, `.`, `_`, `:`, `-`, but neither `.` nor `..`; not one of a deleted account.
+    #[schema(
+        pattern = "^([A-Za-z0-9_:-]|\\.[A-Za-z0-9_:-]|\\.\\.[A-Za-z0-9._:-])[A-Za-z0-9._:-]*$",
+        min_length = 1,
+        max_length = 128
+    )]
     nca_id: String,
     /// 1 to 128 characters, none of them a control character.
+    #[schema(
+        min_length = 1,
+        max_length = 128,
+        pattern = "^[^\\x00-\\x1f\\x7f-\\x9f]+$"
+    )]
     name: String,
 }
 
@@ -34,13 +44,20 @@ pub(crate) struct CreateAccountRequest {
 #[schema(example = json!({"name": "Team A"}))]
 pub(crate) struct UpdateAccountRequest {
     /// 1 to 128 characters, none of them a control character.
+    #[schema(
+        min_length = 1,
+        max_length = 128,
+        pattern = "^[^\\x00-\\x1f\\x7f-\\x9f]+$"
+    )]
     name: String,
 }
 
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct AccountDto {
+    /// Its ID.
     nca_id: String,
+    /// For people.
     name: String,
     /// Absent for the account that is there from the start.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -49,10 +66,12 @@ pub(crate) struct AccountDto {
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct AccountReply {
+    /// The account.
     account: AccountDto,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct AccountsReply {
+    /// In the order of their IDs.
     accounts: Vec<AccountDto>,
 }
 
@@ -254,7 +273,7 @@ pub(crate) async fn delete(
     caller.unlimited("delete an account")?;
     let id = named(&api, &caller, &names)?;
     if id == AccountId::default_account() {
-        return Err(Problem::bad("the account 'default' is always there"));
+        return Err(Problem::conflict("the account 'default' is always there"));
     }
     let functions = api
         .directory

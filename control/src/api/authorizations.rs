@@ -21,6 +21,11 @@ use crate::{
 #[derive(Clone, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Party {
+    /// The account's ID, or `*`.
+    #[schema(
+        pattern = "^(\\*|([A-Za-z0-9_:-]|\\.[A-Za-z0-9_:-]|\\.\\.[A-Za-z0-9._:-])[A-Za-z0-9._:-]*)$",
+        max_length = 128
+    )]
     nca_id: String,
     #[serde(skip_serializing)]
     #[schema(ignore)]
@@ -31,12 +36,14 @@ pub(crate) struct Party {
 #[schema(example = json!({"authorizedParties": [{"ncaId": "team-b"}]}))]
 pub(crate) struct PartiesRequest {
     /// Each account once; `*` alone.
+    #[schema(min_items = 1)]
     authorized_parties: Vec<Party>,
 }
 #[derive(Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 #[schema(example = json!({"authorizedParty": {"ncaId": "team-b"}}))]
 pub(crate) struct PartyRequest {
+    /// The account to add or to remove.
     authorized_party: Party,
 }
 
@@ -44,19 +51,25 @@ pub(crate) struct PartyRequest {
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct AuthorizedFunction {
+    /// The function.
     id: FunctionId,
+    /// The account that owns it.
     nca_id: String,
+    /// The version; absent where all are meant.
     #[serde(skip_serializing_if = "Option::is_none")]
     version_id: Option<VersionId>,
+    /// Absent where nobody else may call.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     authorized_parties: Vec<Party>,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct AuthorizationReply {
+    /// Who may call it now.
     function: AuthorizedFunction,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct AuthorizationsReply {
+    /// First the function, then each of its versions.
     functions: Vec<AuthorizedFunction>,
 }
 
@@ -202,7 +215,7 @@ fn added(mut before: Vec<String>, id: &str) -> Result<Vec<String>, Problem> {
         return Ok(before);
     }
     if id == "*" && !before.is_empty() || before.iter().any(|a| a == "*") {
-        return Err(Problem::bad(
+        return Err(Problem::conflict(
             "authorizedParty: * means all accounts, and has to be alone: POST replaces the list",
         ));
     }

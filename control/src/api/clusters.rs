@@ -9,27 +9,38 @@ use super::{At, Caller, Problem};
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ClusterGroupsReply {
+    /// Always one, `default`.
     cluster_groups: Vec<ClusterGroup>,
 }
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 struct ClusterGroup {
+    /// Always `default`.
     id: &'static str,
+    /// Always `default`.
     name: &'static str,
+    /// Always `default`.
     nca_id: String,
+    /// Always `*`.
     authorized_nca_ids: Vec<&'static str>,
+    /// The GPUs that nodes have.
     gpus: Vec<Gpu>,
+    /// Always one, `default`.
     clusters: Vec<Cluster>,
 }
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 struct Gpu {
+    /// Such as `H100`.
     name: String,
+    /// How many of them one instance may have.
     instance_types: Vec<InstanceType>,
 }
 #[derive(Serialize, ToSchema)]
 struct InstanceType {
+    /// For `instanceType`.
     name: String,
+    /// For people.
     description: String,
     /// Whether it is the one to take when in doubt.
     default: bool,
@@ -38,12 +49,16 @@ struct InstanceType {
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 struct Cluster {
+    /// Always `default`.
     id: &'static str,
+    /// Always `default`.
     name: &'static str,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct SupportedGpu {
+    /// Its name, for `gpu`.
     gpu: String,
+    /// Always `default`.
     backend: &'static str,
 }
 

@@ -30,14 +30,18 @@ pub(crate) struct SpecificationRequest {
     /// Which one is meant, where a deployment is updated. Default: the only one.
     gpu_specification_id: Option<GpuSpecificationId>,
     /// The GPU's name, or `none`.
+    #[schema(min_length = 1)]
     gpu: String,
     /// Such as `NCP.GPU.H100_1x`; the number at its end is the GPUs of one instance. May be left out with gpu `none`.
     instance_type: Option<String>,
-    /// 0 lets it sleep when nobody calls.
+    /// Instances that are always there, at most maxInstances; 0 lets it sleep when nobody calls.
+    #[schema(minimum = 0, maximum = 4096)]
     min_instances: u32,
     /// At least 1 and at least minInstances; 4096 at most, over all specifications.
+    #[schema(minimum = 1, maximum = 4096)]
     max_instances: u32,
     /// Requests that one instance takes at once, 1 to 16384. Default: 1.
+    #[schema(minimum = 1, maximum = 16384)]
     max_request_concurrency: Option<u32>,
     /// NVCF's `{scaleUpDetails, scaleDownDetails}`; kept, and used by the policy `nvcf-step`, for the version as a
     /// whole: several specifications that have one have the same.
@@ -58,6 +62,7 @@ pub(crate) struct SpecificationRequest {
     #[serde(default)]
     availability_zones: Vec<String>,
     /// 1 to 99, kept and echoed.
+    #[schema(minimum = 1, maximum = 99)]
     preferred_order: Option<u8>,
     #[schema(ignore)]
     configuration: Option<Map<String, Value>>,
@@ -72,6 +77,7 @@ pub(crate) struct SpecificationRequest {
     "deploymentSpecifications": [{"gpu": "none", "minInstances": 0, "maxInstances": 2, "maxRequestConcurrency": 4}]
 }))]
 pub(crate) struct DeploymentRequest {
+    /// At least one; an update may name those to change.
     deployment_specifications: Vec<SpecificationRequest>,
     /// How it scales.
     #[schema(value_type = Option<Autoscaling>)]
@@ -99,7 +105,11 @@ pub(crate) struct DeploymentRequest {
 #[serde(rename_all = "camelCase")]
 #[schema(example = json!({"minInstances": 1, "maxInstances": 4}))]
 pub(crate) struct PatchRequest {
+    /// At most maxInstances. Default: as it is.
+    #[schema(minimum = 0, maximum = 4096)]
     min_instances: Option<u32>,
+    /// At least minInstances; 4096 at most, over all specifications. Default: as it is.
+    #[schema(minimum = 1, maximum = 4096)]
     max_instances: Option<u32>,
     /// Replaces the whole configuration.
     #[schema(value_type = Option<Object>)]
@@ -135,11 +145,17 @@ impl<'de> Deserialize<'de> for ConfigurationPolicy {
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct SpecificationDto {
+    /// Its ID, for a PATCH.
     gpu_specification_id: GpuSpecificationId,
+    /// The GPU's name, or `none`.
     gpu: String,
+    /// Such as `NCP.GPU.H100_1x`; `none` without a GPU.
     instance_type: String,
+    /// Instances that are always there.
     min_instances: u32,
+    /// Instances that there may be.
     max_instances: u32,
+    /// Requests that one instance takes at once.
     max_request_concurrency: u32,
     #[serde(flatten)]
     #[schema(value_type = Object)]
@@ -150,51 +166,75 @@ pub(crate) struct SpecificationDto {
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 struct HealthInfo {
+    /// Its GPU specification.
     icms_request_id: String,
+    /// Of its specification.
     gpu: String,
+    /// Always `default`.
     backend: &'static str,
+    /// Of its specification.
     instance_type: String,
+    /// What went wrong.
     error: String,
 }
 
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct DeploymentDto {
+    /// Its function.
     function_id: FunctionId,
+    /// Its version.
     function_version_id: VersionId,
+    /// Its own ID.
     deployment_id: DeploymentId,
+    /// The version's name.
     function_name: String,
+    /// The account that owns the function.
     nca_id: String,
+    /// The version's state.
     function_status: FunctionState,
     /// Instances in error, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     health_info: Vec<HealthInfo>,
+    /// What was asked for.
     deployment_specifications: Vec<SpecificationDto>,
+    /// How it scales.
     autoscaling: Autoscaling,
+    /// What may wait, and how long.
     queue: QueueSettings,
+    /// Which instance takes an invocation.
     routing: Routing,
+    /// Share of the function's invocations; absent: by ready capacity.
     #[serde(skip_serializing_if = "Option::is_none")]
     traffic_weight: Option<u32>,
+    /// Longest start of an instance.
     start_timeout: IsoDuration,
+    /// Longest wait for an instance's requests when it goes.
     drain_timeout: IsoDuration,
+    /// Longest wait for an instance to end a cancelled request.
     cancel_timeout: IsoDuration,
+    /// When it was deployed.
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
+    /// When it was last changed.
     #[schema(value_type = String, format = DateTime)]
     last_updated_at: Timestamp,
 }
 
 #[derive(Serialize, ToSchema)]
 pub(crate) struct DeploymentReply {
+    /// The deployment.
     deployment: DeploymentDto,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct DeploymentsReply {
+    /// Oldest first.
     deployments: Vec<DeploymentDto>,
 }
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct SpecificationReply {
+    /// As it is now.
     gpu_specification: SpecificationDto,
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use axum::{Json, extract::State};
@@ -48,15 +48,23 @@ pub(crate) enum ApiBodyFormat {
 #[derive(Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct HealthRequest {
+    /// Only `HTTP`.
     #[serde(deserialize_with = "any_case")]
     protocol: HealthProtocol,
     /// Path, with or without its leading `/`.
+    #[schema(
+        min_length = 1,
+        max_length = 8192,
+        pattern = "^(/[A-Za-z0-9._~!$&'()*+,;=@%:/-]*|[A-Za-z0-9._~!$&'()*+,;=@%-]+(/[A-Za-z0-9._~!$&'()*+,;=@%:/-]*)?)?(\\?[A-Za-z0-9._~!$&'()*+,;=@%:/?-]*)?$"
+    )]
     uri: String,
     /// 1 to 65535; default: the instance's own port.
+    #[schema(minimum = 1, maximum = 65535)]
     port: Option<u16>,
     /// Longest wait for an answer, at most PT1M.
     timeout: IsoDuration,
     /// Status that means healthy, 100 to 599.
+    #[schema(minimum = 100, maximum = 599)]
     expected_status_code: u16,
 }
 
@@ -64,16 +72,17 @@ pub(crate) struct HealthRequest {
 #[derive(Clone, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct RateLimitBody {
-    /// For each calling account. Default: none.
+    /// Rate of every account, counted for each calling account. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_limit: Option<String>,
     /// Accounts without a limit, at most 32; only beside `rateLimit`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 32)]
     exempted_nca_ids: Vec<String>,
     /// Rates of single accounts, at most 32.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     per_nca_id_rate: BTreeMap<String, String>,
-    /// For each user. Default: none.
+    /// Rate of every key, counted for each key. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     per_user_rate: Option<String>,
     /// Kept and echoed: limits are always checked before the invocation goes on.
@@ -92,13 +101,29 @@ pub(crate) struct RateLimitBody {
 }))]
 pub(crate) struct CreateFunctionRequest {
     /// 1 to 128 letters, digits, `-`, `_`; starts with a letter or digit. Need not be unique.
+    #[schema(
+        pattern = "^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        min_length = 1,
+        max_length = 128
+    )]
     name: String,
     /// Path called for pexec; the leading `/` is added where it is missing. `/grpc`, NVCF's name for a gRPC function,
     /// is refused: these aren't supported yet.
+    #[schema(
+        min_length = 1,
+        max_length = 8192,
+        pattern = "^(/[A-Za-z0-9._~!$&'()*+,;=@%:/-]*|[A-Za-z0-9._~!$&'()*+,;=@%-]+(/[A-Za-z0-9._~!$&'()*+,;=@%:/-]*)?)?(\\?[A-Za-z0-9._~!$&'()*+,;=@%:/?-]*)?$"
+    )]
     inference_url: String,
     /// Port of an instance, 1 to 65535. Default: its own (`PORT`).
+    #[schema(minimum = 1, maximum = 65535)]
     inference_port: Option<u16>,
     /// Older name of `health.uri`. Default: `/v2/health/ready`.
+    #[schema(
+        min_length = 1,
+        max_length = 8192,
+        pattern = "^(/[A-Za-z0-9._~!$&'()*+,;=@%:/-]*|[A-Za-z0-9._~!$&'()*+,;=@%-]+(/[A-Za-z0-9._~!$&'()*+,;=@%:/-]*)?)?(\\?[A-Za-z0-9._~!$&'()*+,;=@%:/?-]*)?$"
+    )]
     health_uri: Option<String>,
     /// Default: HTTP, `healthUri`, the instance's port, PT10S, 200.
     health: Option<HealthRequest>,
@@ -110,6 +135,7 @@ pub(crate) struct CreateFunctionRequest {
     #[serde(default)]
     tags: Vec<String>,
     /// At most 256 characters. Default: the name.
+    #[schema(max_length = 256)]
     description: Option<String>,
     /// Default: none.
     rate_limit: Option<RateLimitBody>,
@@ -160,36 +186,52 @@ pub(crate) struct UpdateFunctionRequest {
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct FunctionDto {
+    /// The function.
     id: FunctionId,
     /// The account that owns it.
     nca_id: String,
+    /// This version of it.
     version_id: VersionId,
+    /// As it was made.
     name: String,
+    /// Computed from the deployment and its instances.
     status: FunctionState,
+    /// Path called for pexec.
     inference_url: String,
     /// `true` where it is shared by another account; absent otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     owned_by_different_account: Option<bool>,
+    /// Port of an instance; absent: its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     inference_port: Option<u16>,
+    /// The process that is an instance; only with the scope list_functions_details, and not of another account.
     #[serde(skip_serializing_if = "Option::is_none")]
     process: Option<ProcessSpec>,
+    /// The servers that are the instances; only with the scope list_functions_details, and not of another account.
     #[serde(skip_serializing_if = "Option::is_none")]
     endpoints: Option<Vec<String>>,
+    /// As it was made.
     #[schema(value_type = ApiBodyFormat)]
     api_body_format: Value,
+    /// The same as `health.uri`.
     health_uri: String,
+    /// When the version was made.
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
     /// Only where one version is asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     active_instances: Option<Vec<ActiveInstance>>,
+    /// Absent where there are none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tags: Vec<String>,
+    /// At most 256 characters.
     description: String,
+    /// How its instances are asked for their health.
     health: Health,
+    /// As it was made.
     #[schema(value_type = FunctionType)]
     function_type: Value,
+    /// Absent where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_limit: Option<RateLimitBody>,
 }
@@ -198,36 +240,48 @@ pub(crate) struct FunctionDto {
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 struct ActiveInstance {
+    /// The instance.
     instance_id: String,
+    /// Its function.
     function_id: FunctionId,
+    /// Its version.
     function_version_id: VersionId,
+    /// Of its specification.
     instance_type: String,
     /// STARTING, ACTIVE, TERMINATED (draining) or ERRORED.
     instance_status: &'static str,
     /// Its GPU specification: what asked for it.
     icms_request_id: String,
+    /// The account that owns the function.
     nca_id: String,
+    /// Of its specification.
     gpu: String,
+    /// Always `default`.
     backend: &'static str,
     /// Its node.
     location: String,
+    /// When it was asked for.
     #[schema(value_type = String, format = DateTime)]
     instance_created_at: Timestamp,
+    /// When it was first healthy, else when it was started, else when it was asked for.
     #[schema(value_type = String, format = DateTime)]
     instance_updated_at: Timestamp,
 }
 
 #[derive(Serialize, ToSchema)]
 pub(crate) struct FunctionReply {
+    /// The version.
     pub(crate) function: FunctionDto,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct FunctionsReply {
+    /// One entry for each version.
     functions: Vec<FunctionDto>,
 }
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct FunctionIdsReply {
+    /// Each once.
     function_ids: Vec<FunctionId>,
 }
 
@@ -334,12 +388,12 @@ fn valid_name(name: &str) -> bool {
 }
 
 fn checked_tags(tags: Vec<String>) -> Result<Vec<String>, Problem> {
+    check(tags.len() <= 64, "tags: at most 64 are taken")?;
     let mut seen = HashSet::new();
     let tags: Vec<String> = tags
         .into_iter()
         .filter(|t| seen.insert(t.clone()))
         .collect();
-    check(tags.len() <= 64, "tags: at most 64 are taken")?;
     for (at, tag) in tags.iter().enumerate() {
         let fine = (1..=128).contains(&tag.len())
             && tag
@@ -354,20 +408,30 @@ fn checked_tags(tags: Vec<String>) -> Result<Vec<String>, Problem> {
 }
 
 fn path(member: &str, given: &str) -> Result<String, Problem> {
-    let text = format!("/{}", given.strip_prefix('/').unwrap_or(given));
-    let fine = !given.is_empty() && text.parse::<http::uri::PathAndQuery>().is_ok();
+    let (before, query) = given.split_once('?').unwrap_or((given, ""));
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._~!$&'()*+,;=@%-:/".contains(c);
+    // A colon in its first part makes it a URL with a scheme.
+    let first = before.split('/').next().unwrap_or_default();
+    let fine = (1..=8192).contains(&given.len())
+        && before.chars().all(allowed)
+        && query.chars().all(|c| allowed(c) || c == '?')
+        && !first.contains(':');
     check(
-        fine && !given.contains("://") && !given.contains('#'),
-        format!("{member}: '{given}' is not a path such as /v2/infer"),
+        fine,
+        format!(
+            "{member}: '{}' is not a path such as /v2/infer, of at most 8192 characters",
+            given.chars().take(256).collect::<String>()
+        ),
     )?;
-    Ok(text)
+    Ok(format!("/{}", given.strip_prefix('/').unwrap_or(given)))
 }
 
 fn valid_rate(rate: &str) -> bool {
     let mut units = HashSet::new();
     rate.split(',').all(|part| {
-        part.trim().split_once('-').is_some_and(|(n, unit)| {
-            n.parse::<u32>().is_ok_and(|n| n > 0)
+        part.split_once('-').is_some_and(|(n, unit)| {
+            (1..=9).contains(&n.len())
+                && !n.starts_with('0')
                 && n.bytes().all(|b| b.is_ascii_digit())
                 && matches!(unit, "S" | "M" | "H" | "D")
                 && units.insert(unit.to_owned())
@@ -463,6 +527,9 @@ fn checked_endpoints(
         // Of other names the agent finds out, each time that it resolves them.
         let ip = match host.trim_matches(['[', ']']) {
             "localhost" => Some(IpAddr::from(Ipv4Addr::LOCALHOST)),
+            literal if host.starts_with('[') && literal.parse::<Ipv6Addr>().is_err() => {
+                return Err(wrong("has no IPv6 address in its brackets"));
+            }
             literal => literal.parse::<IpAddr>().ok().map(|ip| ip.to_canonical()),
         };
         let own = [("its port", Some(port))];
@@ -631,6 +698,8 @@ impl CreateFunctionRequest {
                 ));
             }
         };
+        let health_uri = self.health_uri.as_deref().unwrap_or("/v2/health/ready");
+        let health_uri = path("healthUri", health_uri)?;
         let health = match self.health {
             Some(health) => {
                 check(health.port != Some(0), "health.port: has to be 1 to 65535")?;
@@ -655,10 +724,7 @@ impl CreateFunctionRequest {
             }
             None => Health {
                 protocol: HealthProtocol::HTTP,
-                uri: path(
-                    "healthUri",
-                    self.health_uri.as_deref().unwrap_or("/v2/health/ready"),
-                )?,
+                uri: health_uri,
                 port: None,
                 timeout: IsoDuration::secs(10),
                 expected_status_code: 200,

@@ -13,14 +13,17 @@ use crate::model::{Instance, InstanceId, VersionId};
 
 #[derive(Serialize, ToSchema)]
 pub(crate) struct InstanceReply {
+    /// The instance.
     instance: Instance,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct InstancesReply {
+    /// Oldest first.
     instances: Vec<Instance>,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct NodesReply {
+    /// Each with its name, GPUs and instances.
     #[schema(value_type = Vec<Object>)]
     nodes: Vec<serde_json::Value>,
 }

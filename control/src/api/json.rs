@@ -155,7 +155,12 @@ impl<'de> Visitor<'de> for Unique {
     fn visit_u64<E>(self, v: u64) -> Result<Value, E> {
         Ok(v.into())
     }
+    /// `2.0` is the whole number 2, as JSON Schema has it.
     fn visit_f64<E>(self, v: f64) -> Result<Value, E> {
+        const EXACT: f64 = 9_007_199_254_740_992.0;
+        if v.fract() == 0.0 && v.abs() <= EXACT {
+            return Ok((v as i64).into());
+        }
         Ok(v.into())
     }
     fn visit_str<E>(self, v: &str) -> Result<Value, E> {

@@ -24,6 +24,11 @@ use crate::{
 #[schema(example = json!({"name": "caller", "scopes": ["invoke_function"]}))]
 pub(crate) struct CreateKeyRequest {
     /// 1 to 128 characters, none of them a control character; need not be unique.
+    #[schema(
+        min_length = 1,
+        max_length = 128,
+        pattern = "^[^\\x00-\\x1f\\x7f-\\x9f]+$"
+    )]
     name: String,
     /// Only the admin may name another. Default: the caller's.
     account: Option<String>,
@@ -32,8 +37,9 @@ pub(crate) struct CreateKeyRequest {
     /// Functions it may name. Default: all of the account.
     functions: Option<Vec<FunctionId>>,
     /// 0 (most urgent) to 9. Default: 5.
+    #[schema(minimum = 0, maximum = 9)]
     priority: Option<u8>,
-    /// Default: never.
+    /// When it ends; not in the past. Default: never.
     #[serde(default, deserialize_with = "time")]
     #[schema(value_type = Option<String>, format = DateTime)]
     expires_at: Option<Timestamp>,
@@ -52,32 +58,44 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>,
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct KeyDto {
+    /// Its ID, which is no secret.
     id: KeyId,
+    /// For people.
     name: String,
+    /// Whose it is.
     account: String,
+    /// What it may do.
     scopes: Vec<String>,
+    /// Functions it may name; absent: all of the account.
     #[serde(skip_serializing_if = "Option::is_none")]
     functions: Option<Vec<FunctionId>>,
+    /// Of its invocations: 0 (most urgent) to 9.
     priority: u8,
+    /// When it ends; absent: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
     expires_at: Option<Timestamp>,
+    /// When it was made.
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
+    /// Whether it has every scope, for every account.
     admin: bool,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct NewKeyReply {
+    /// The key.
     key: KeyDto,
     /// Never told again.
     secret: String,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct KeyReply {
+    /// The key.
     key: KeyDto,
 }
 #[derive(Serialize, ToSchema)]
 pub(crate) struct KeysReply {
+    /// Oldest first.
     keys: Vec<KeyDto>,
 }
 
@@ -119,7 +137,7 @@ pub(crate) async fn create(
     }
     let now = Timestamp::now();
     if request.expires_at.is_some_and(|at| at <= now) {
-        return Err(Problem::bad(
+        return Err(Problem::conflict(
             "expiresAt: is in the past: give a later time, or leave it out",
         ));
     }

@@ -122,6 +122,7 @@ pub(crate) struct ProblemDocument {
     pub(crate) kind: String,
     /// The status' name.
     pub(crate) title: String,
+    /// The HTTP status.
     pub(crate) status: u16,
     /// What happened, and what to do.
     pub(crate) detail: String,

@@ -11,14 +11,19 @@ use crate::model::{FunctionId, FunctionState, VersionId};
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct QueuesReply {
+    /// The function.
     function_id: FunctionId,
+    /// One for each deployed version.
     queues: Vec<QueueDto>,
 }
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 struct QueueDto {
+    /// The version.
     function_version_id: VersionId,
+    /// The version's name.
     function_name: String,
+    /// The version's state; INACTIVE while it is undeployed gracefully.
     function_status: FunctionState,
     /// Invocations that wait; those that run are not counted.
     queue_depth: usize,
@@ -26,7 +31,9 @@ struct QueueDto {
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PositionReply {
+    /// Its function.
     function_id: FunctionId,
+    /// The version it waits for.
     function_version_id: VersionId,
     /// 1 is next.
     position_in_queue: usize,

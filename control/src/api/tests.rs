@@ -395,6 +395,15 @@ async fn a_wrong_function_is_refused_with_the_reason() {
             "rateLimit.rateLimit",
         ),
         ("rateLimit", json!({"syncCheck": true}), "is needed"),
+        ("rateLimit", json!({"rateLimit": "01-S"}), "is not a rate"),
+        (
+            "rateLimit",
+            json!({"rateLimit": "1-S, 5-M"}),
+            "is not a rate",
+        ),
+        ("tags", json!(vec!["a"; 65]), "at most 64"),
+        ("healthUri", json!("http://a/b"), "healthUri"),
+        ("inferenceUrl", json!("/a b"), "inferenceUrl"),
         ("inferenceUrl", json!("/a#b"), "inferenceUrl"),
         ("inferenceUrl", json!("/grpc"), "gRPC function"),
         ("inferenceUrl", json!("grpc"), "gRPC function"),
@@ -444,6 +453,7 @@ async fn a_wrong_function_is_refused_with_the_reason() {
         (json!(["http://[fe80::1]:80"]), "link-local"),
         (json!(["http://[::ffff:169.254.1.1]:80"]), "link-local"),
         (json!(["http://a"]), "port"),
+        (json!(["http://[ffaaec062e]:80"]), "IPv6"),
         (json!(["http://a:1", "http://A:1/"]), "twice"),
         (json!(["http://u@a:1"]), "host and a port only"),
     ] {
@@ -622,6 +632,19 @@ async fn requests_are_read_strictly() {
     raw("application/json", "[]".into())
         .await
         .problem(400, "bad-request", "JSON object");
+    // A whole number, however it is written.
+    let port = |text: &str| {
+        echo()
+            .to_string()
+            .replacen('{', &format!(r#"{{"inferencePort":{text},"#), 1)
+    };
+    for text in ["8e3", "8000.0"] {
+        let made = raw("application/json", port(text)).await.ok();
+        assert_eq!(made["function"]["inferencePort"], 8000);
+    }
+    raw("application/json", port("8000.5"))
+        .await
+        .problem(400, "bad-request", "inferencePort");
     raw("text/plain", echo().to_string())
         .await
         .problem(400, "bad-request", "application/json");
@@ -661,6 +684,10 @@ async fn keys_open_what_their_scopes_say() {
     weir.post(keys, json!({"name": "k", "scopes": [], "priority": 10}))
         .await
         .problem(400, "bad-request", "priority");
+    let past = json!({"name": "k", "scopes": [], "expiresAt": "2000-01-01T00:00:00Z"});
+    weir.post(keys, past)
+        .await
+        .problem(409, "conflict", "in the past");
     let scopes = json!([
         "account_setup",
         "register_function",
@@ -852,6 +879,12 @@ async fn accounts_see_their_own_and_what_is_shared() {
     )
     .await
     .ok();
+    weir.call(&a, "PATCH", &format!("{shares}/add"), one("*"))
+        .await
+        .problem(409, "conflict", "alone");
+    weir.call(ADMIN, "DELETE", "/v2/nvcf/accounts/default", json!({}))
+        .await
+        .problem(409, "conflict", "always there");
     assert_eq!(ids("?visibility=public").await, json!([f]));
     weir.call(&a, "DELETE", &of_version, json!({})).await.ok();
     assert_eq!(ids("").await, json!([]));
@@ -1092,11 +1125,40 @@ async fn the_description_is_whole() {
         }
     }
     assert_eq!(count, 2 * 32 + 1 + 5 + 9, "each route is described");
+    for (path, item) in text["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            let at = format!("{method} {path}");
+            let says = |value: &Value| value.as_str().is_some_and(|text| !text.is_empty());
+            assert!(says(&operation["summary"]), "{at}");
+            for parameter in operation["parameters"].as_array().into_iter().flatten() {
+                assert!(says(&parameter["description"]), "{at}: {parameter}");
+            }
+            let statuses: Vec<&String> =
+                operation["responses"].as_object().unwrap().keys().collect();
+            for (status, answer) in operation["responses"].as_object().unwrap() {
+                let described = says(&answer["description"]) || answer.get("$ref").is_some();
+                assert!(described, "{at}: {status}");
+            }
+            let expected = |status: &str| statuses.iter().any(|s| *s == status);
+            assert!(expected("401") && expected("403"), "{at}: {statuses:?}");
+            assert_eq!(expected("503"), expected("500"), "{at}");
+            let body = operation.get("requestBody").is_some();
+            assert_eq!(body, expected("413"), "{at}");
+            assert!(!body || expected("400"), "{at}");
+            assert!(method == "get" || expected("503"), "{at}");
+        }
+    }
+    for (name, schema) in text["components"]["schemas"].as_object().unwrap() {
+        for (member, property) in schema["properties"].as_object().into_iter().flatten() {
+            let says = property["description"].as_str().unwrap_or_default();
+            assert!(!says.is_empty(), "{name}.{member}");
+        }
+    }
     let all = text.to_string();
-    for reference in all.split("\"#/components/schemas/").skip(1) {
+    for reference in all.split("\"#/components/").skip(1) {
         let name = reference.split('"').next().unwrap();
         assert!(
-            text["components"]["schemas"].get(name).is_some(),
+            text["components"].pointer(&format!("/{name}")).is_some(),
             "{name} is not described"
         );
     }
