@@ -192,10 +192,10 @@ fn replacement(request: &PartiesRequest) -> Result<Vec<String>, Problem> {
     for (at, party) in request.authorized_parties.iter().enumerate() {
         let at = format!("authorizedParties[{at}]");
         let id = checked(&at, party)?;
-        if !seen.insert(id.clone()) {
-            return Err(Problem::bad(format!("{at}.ncaId: '{id}' is there twice")));
+        // An account that is there twice, with other members that say nothing here, is still one.
+        if seen.insert(id.clone()) {
+            accounts.push(id);
         }
-        accounts.push(id);
     }
     if accounts.is_empty() {
         return Err(Problem::bad(

@@ -833,7 +833,7 @@ async fn accounts_see_their_own_and_what_is_shared() {
             &a,
             "POST",
             &shares,
-            json!({"authorizedParties": [{"ncaId": "b"}]}),
+            json!({"authorizedParties": [{"ncaId": "b"}, {"ncaId": "b", "clientId": "c"}]}),
         )
         .await
         .ok();
