@@ -103,7 +103,7 @@ class Weir:
         before = self.cpu()
         subprocess.run(
             [self.binary, "bench", "load", self.function, "--callers", str(callers), "--duration", f"PT{seconds}S"]
-            + ["--json", self.figures, "--url", self.data, "--admin", self.admin, "--key", self.key],
+            + ["--json", self.figures, "--url", self.data, "--admin-url", self.admin, "--key", self.key],
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -20,18 +20,46 @@ const PROPAGATION: Duration = Duration::from_millis(200);
 /// Where Weir is, and the key to it.
 #[derive(Clone, Debug, clap::Args)]
 pub struct TargetArgs {
-    /// The data plane
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
+    /// Data-plane address of `weir serve`
+    #[arg(
+        long,
+        env = "WEIR_URL",
+        value_name = "URL",
+        default_value = "http://127.0.0.1:8080"
+    )]
     pub url: String,
-    /// The admin API
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8081")]
-    pub admin: String,
-    /// An API key [default: the one in <data-dir>/admin.key]
-    #[arg(long, env = "WEIR_API_KEY", hide_env_values = true)]
+    /// Admin address of `weir serve`
+    #[arg(
+        long,
+        // What it was called first.
+        alias = "admin",
+        env = "WEIR_ADMIN_URL",
+        value_name = "URL",
+        default_value = "http://127.0.0.1:8081"
+    )]
+    pub admin_url: String,
+    /// API key [default: WEIR_ADMIN_KEY, else the file admin.key in --data-dir]
+    #[arg(long, env = "WEIR_API_KEY", hide_env_values = true, value_name = "KEY")]
     pub key: Option<String>,
-    /// Where to look for admin.key
-    #[arg(long, env = "WEIR_DATA_DIR", default_value = ".weir")]
+    /// The data directory of a `weir serve` on this machine
+    #[arg(
+        long,
+        env = "WEIR_DATA_DIR",
+        value_name = "DIR",
+        default_value = ".weir"
+    )]
     pub data_dir: PathBuf,
+}
+
+impl TargetArgs {
+    /// The key to show, if there is one: with `--auth none` none is needed.
+    /// `variable` is what WEIR_ADMIN_KEY says.
+    fn key(&self, variable: Option<String>) -> Option<String> {
+        let file = || std::fs::read_to_string(self.data_dir.join("admin.key")).ok();
+        let key = self.key.clone().or(variable).or_else(file)?;
+        let key = key.trim();
+        (!key.is_empty()).then(|| key.to_owned())
+    }
 }
 
 #[derive(Clone)]
@@ -39,7 +67,9 @@ pub(crate) struct Client {
     http: reqwest::Client,
     url: String,
     admin: String,
-    key: String,
+    key: Option<String>,
+    /// Where a key is looked for last.
+    key_file: PathBuf,
 }
 
 /// A version of a function that a benchmark made.
@@ -65,28 +95,30 @@ pub(crate) struct Instance {
 
 impl Client {
     pub(crate) fn new(args: &TargetArgs) -> anyhow::Result<Self> {
-        let key = match &args.key {
-            Some(key) => key.clone(),
-            None => {
-                let path = args.data_dir.join("admin.key");
-                std::fs::read_to_string(&path).with_context(|| {
-                    format!(
-                        "no --key and no WEIR_API_KEY, and could not read {}",
-                        path.display()
-                    )
-                })?
-            }
-        };
         Ok(Self {
             http: reqwest::Client::builder().no_proxy().build()?,
             url: args.url.trim_end_matches('/').into(),
-            admin: args.admin.trim_end_matches('/').into(),
-            key: key.trim().into(),
+            admin: args.admin_url.trim_end_matches('/').into(),
+            key: args.key(std::env::var("WEIR_ADMIN_KEY").ok()),
+            key_file: args.data_dir.join("admin.key"),
         })
     }
 
-    pub(crate) fn key(&self) -> &str {
-        &self.key
+    /// A raw request's head on the data plane, up to its own fields.
+    pub(crate) fn head(&self, function: &str, request: &str) -> anyhow::Result<String> {
+        let mut head = format!("{request} HTTP/1.1\r\nhost: {}\r\n", self.authority()?);
+        if let Some(key) = &self.key {
+            head.push_str(&format!("authorization: Bearer {key}\r\n"));
+        }
+        head.push_str(&format!("function-id: {function}\r\n"));
+        Ok(head)
+    }
+
+    fn with_key(&self, request: RequestBuilder) -> RequestBuilder {
+        match &self.key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
     }
 
     /// `host:port` of the data plane, for raw connections.
@@ -99,10 +131,8 @@ impl Client {
 
     /// An invocation on the data plane.
     pub(crate) fn invoke(&self, function: &str, path_and_query: &str) -> RequestBuilder {
-        self.http
-            .post(format!("{}{path_and_query}", self.url))
-            .bearer_auth(&self.key)
-            .header("function-id", function)
+        let request = self.http.post(format!("{}{path_and_query}", self.url));
+        self.with_key(request).header("function-id", function)
     }
 
     /// Sends an invocation and reads its answer to the end.
@@ -128,10 +158,8 @@ impl Client {
     }
 
     fn admin(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http
-            .request(method, format!("{}{path}", self.admin))
-            .bearer_auth(&self.key)
-            .timeout(Duration::from_secs(30))
+        let request = self.http.request(method, format!("{}{path}", self.admin));
+        self.with_key(request).timeout(Duration::from_secs(30))
     }
 
     /// A function whose instances are the sample function of this executable.
@@ -152,7 +180,20 @@ impl Client {
             function: Version,
         }
         let request = self.admin(Method::POST, "/v2/nvcf/functions").json(&body);
-        let created: Created = read(request).await.context("could not create a function")?;
+        let response = request
+            .send()
+            .await
+            .context("could not create a function")?;
+        if response.status() == 401 && self.key.is_none() {
+            bail!(
+                "weir wants a key, and there is none in --key, WEIR_API_KEY, WEIR_ADMIN_KEY or {}",
+                self.key_file.display()
+            );
+        }
+        let response = check(response)
+            .await
+            .context("could not create a function")?;
+        let created: Created = response.json().await?;
         Ok(created.function)
     }
 
@@ -339,7 +380,75 @@ pub(crate) mod fake;
 
 #[cfg(test)]
 mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::fake::FakeWeir;
     use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        target: TargetArgs,
+    }
+
+    #[test]
+    fn a_target_is_named_as_for_every_other_command() {
+        let command = Cli::command();
+        let argument = |name: &str| {
+            let mut all = command.get_arguments();
+            let found = all.find(|argument| argument.get_long() == Some(name));
+            found.expect("there is such a flag").clone()
+        };
+        let flags = [
+            ("url", "WEIR_URL"),
+            ("admin-url", "WEIR_ADMIN_URL"),
+            ("key", "WEIR_API_KEY"),
+            ("data-dir", "WEIR_DATA_DIR"),
+        ];
+        for (flag, variable) in flags {
+            assert_eq!(argument(flag).get_env().unwrap(), variable);
+        }
+        let parsed = Cli::parse_from(["bench", "--admin", "http://a"]);
+        assert_eq!(parsed.target.admin_url, "http://a");
+        let help = Cli::command().render_long_help().to_string();
+        assert!(!help.contains("--admin "), "{help}");
+    }
+
+    #[test]
+    fn a_key_is_the_flags_the_variables_or_the_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().to_str().unwrap();
+        let with = |flags: &[&str], variable: Option<&str>| {
+            let all = ["bench", "--data-dir", path];
+            let target = Cli::parse_from(all.iter().chain(flags)).target;
+            target.key(variable.map(String::from))
+        };
+        let is = |key: &str| Some(key.to_owned());
+        // One of the environment would count for a flag.
+        if std::env::var_os("WEIR_API_KEY").is_none() {
+            assert_eq!(with(&[], None), None);
+            std::fs::write(directory.path().join("admin.key"), "file\n").unwrap();
+            assert_eq!(with(&[], None), is("file"));
+            assert_eq!(with(&[], Some("variable")), is("variable"));
+        }
+        assert_eq!(with(&["--key", "flag"], Some("variable")), is("flag"));
+    }
+
+    #[tokio::test]
+    async fn without_a_key_only_a_weir_that_wants_one_is_an_error() {
+        let fake = FakeWeir::start(200).await;
+        let mut client = Client::new(&fake.target()).unwrap();
+        client.key = None;
+        let error = client.create("f", Duration::ZERO).await.unwrap_err();
+        assert!(error.to_string().contains("WEIR_ADMIN_KEY"), "{error}");
+        fake.state().open = true;
+        let version = client.create("f", Duration::ZERO).await.unwrap();
+        let invoked = client.invoke(&version.function, "/infer");
+        assert_eq!(Client::answered(invoked).await, Ok("200".into()));
+        let head = client.head("f", "GET /").unwrap();
+        assert!(!head.contains("authorization"), "{head}");
+        client.delete(&version).await.unwrap();
+    }
 
     #[test]
     fn durations_are_iso_8601() {

@@ -248,7 +248,14 @@ mod tests {
     }
 
     async fn against(fake: &FakeWeir, flags: &[&str]) -> anyhow::Result<()> {
-        let target = ["--url", &fake.url, "--admin", &fake.url, "--key", "secret"];
+        let target = [
+            "--url",
+            &fake.url,
+            "--admin-url",
+            &fake.url,
+            "--key",
+            "secret",
+        ];
         load(parse(&[flags, &target].concat()).unwrap()).await
     }
 

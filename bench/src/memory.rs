@@ -138,20 +138,12 @@ fn deployment(queue: u32) -> serde_json::Value {
     })
 }
 
-fn head(client: &Client, authority: &str, of: &Version, request: &str, length: usize) -> String {
-    format!(
-        "{request} HTTP/1.1\r\nhost: {authority}\r\nauthorization: Bearer {}\r\n\
-         function-id: {}\r\ncontent-length: {length}\r\n\r\n",
-        client.key(),
-        of.function,
-    )
-}
-
 /// Sends so many invocations, each on a connection of its own, and waits until
 /// they are in the queue.
 async fn queue(client: &Client, of: &Version, count: u32) -> anyhow::Result<Vec<TcpStream>> {
     let authority = client.authority()?;
-    let mut request = head(client, &authority, of, "POST /echo", BODY).into_bytes();
+    let head = client.head(&of.function, "POST /echo")?;
+    let mut request = format!("{head}content-length: {BODY}\r\n\r\n").into_bytes();
     request.extend([b'x'; BODY]);
     let bar = ProgressBar::new(count.into()).with_message("queueing");
     let mut streams = Vec::with_capacity(count as usize);
@@ -195,7 +187,8 @@ fn queue_depth(metrics: &str, version: &str) -> Option<f64> {
 /// Opens so many connections and does one request on each.
 async fn idle(client: &Client, of: &Version, count: u32) -> anyhow::Result<Vec<TcpStream>> {
     let authority = client.authority()?;
-    let request = head(client, &authority, of, "GET /infer?ms=0&bytes=2", 0);
+    let head = client.head(&of.function, "GET /infer?ms=0&bytes=2")?;
+    let request = format!("{head}content-length: 0\r\n\r\n");
     let bar = ProgressBar::new(count.into()).with_message("connecting");
     let mut streams = Vec::with_capacity(count as usize);
     for _ in 0..count {

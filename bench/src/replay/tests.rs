@@ -18,7 +18,13 @@ fn args(fake: &FakeWeir, directory: &Path, trace: &str) -> ReplayArgs {
     let (trace, json, svg) = (file("trace.txt"), file("summary.json"), file("plot.svg"));
     let flags = ["replay", &trace, "--speed", "20", "--json", &json, "--svg"];
     let target = [
-        &svg, "--url", &fake.url, "--admin", &fake.url, "--key", "secret",
+        &svg,
+        "--url",
+        &fake.url,
+        "--admin-url",
+        &fake.url,
+        "--key",
+        "secret",
     ];
     let flags = flags.into_iter().chain(target);
     Cli::try_parse_from(flags).unwrap().replay
