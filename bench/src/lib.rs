@@ -5,6 +5,7 @@
 mod client;
 pub mod load;
 pub mod memory;
+mod output;
 pub mod replay;
 pub mod sample;
 mod tally;

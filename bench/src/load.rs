@@ -4,12 +4,16 @@
 //! At a rate, a request's latency counts from the time it was due, not from
 //! when the generator got round to it, so that a stall shows in every request
 //! that it held up.
+//!
+//! Latencies and throughput are of answers of 200 alone: what a server refuses
+//! it refuses quickly, and a busy one would look fast. Other answers are
+//! counted by status, and fail the run.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use bytes::Bytes;
 use comfy_table::Table;
 use indicatif::ProgressBar;
@@ -19,7 +23,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::client::{Client, TargetArgs, deleting, parse_duration, raise_files};
-use crate::tally::{Answered, Counted, Quantiles, Tally};
+use crate::output;
+use crate::tally::{Answered, Counted, Quantiles, Tally, times_row};
 
 #[derive(Debug, clap::Args)]
 pub struct LoadArgs {
@@ -69,14 +74,15 @@ fn path(text: &str) -> Result<String, String> {
 struct Figures {
     #[serde(flatten)]
     counted: Counted,
-    /// Of whole answers.
-    latency_milliseconds: Quantiles,
+    /// Of answers of 200; null where there were none.
+    latency_milliseconds: Option<Quantiles>,
     seconds: f64,
-    /// Whole answers a second.
+    /// Answers of 200 a second.
     throughput: f64,
 }
 
 pub async fn load(args: LoadArgs) -> anyhow::Result<()> {
+    output::writable(args.json.as_deref())?;
     // A request that waits holds a connection.
     raise_files()?;
     let client = Client::new(&args.target)?;
@@ -94,8 +100,7 @@ pub async fn load(args: LoadArgs) -> anyhow::Result<()> {
     };
     println!("{}", render(&figures));
     if let Some(path) = &args.json {
-        std::fs::write(path, serde_json::to_vec_pretty(&figures)?)
-            .with_context(|| format!("could not write {}", path.display()))?;
+        output::write(path, &serde_json::to_string_pretty(&figures)?)?;
     }
     match figures.counted.failed() {
         0 => Ok(()),
@@ -135,11 +140,10 @@ async fn run(args: &LoadArgs, client: &Client, function: &str) -> anyhow::Result
     bar.finish_and_clear();
     let seconds = start.elapsed().as_secs_f64();
     let counted = tally.count();
-    let whole: u64 = counted.answered.values().sum();
     Ok(Figures {
         latency_milliseconds: counted.times,
         seconds,
-        throughput: whole as f64 / seconds,
+        throughput: counted.good() as f64 / seconds,
         counted,
     })
 }
@@ -222,11 +226,12 @@ async fn by_callers(
 fn render(figures: &Figures) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
-    figures.counted.rows(&mut table, "latency");
+    figures.counted.rows(&mut table);
+    times_row(&mut table, "latency of 200s", figures.latency_milliseconds);
     let seconds = figures.seconds;
     table.add_row(["seconds".to_owned(), format!("{seconds:.1}")]);
     let throughput = figures.throughput;
-    table.add_row(["answers a second".to_owned(), format!("{throughput:.0}")]);
+    table.add_row(["200s a second".to_owned(), format!("{throughput:.0}")]);
     table.trim_fmt()
 }
 
@@ -286,6 +291,33 @@ mod tests {
         assert!(fake.calls("POST /infer") > 3);
         assert_eq!(fake.calls("POST /v2/nvcf/functions"), 0);
         assert_eq!(fake.calls("DELETE /v2/nvcf/functions/f/versions/v"), 0);
+    }
+
+    #[tokio::test]
+    async fn refusals_are_counted_and_neither_latency_nor_throughput() {
+        let fake = FakeWeir::start(200).await;
+        fake.state().refuse_every = Some(2);
+        let directory = tempfile::tempdir().unwrap();
+        let json = directory.path().join("figures.json");
+        let rate = ["f", "--rate", "50", "--duration", "PT0.2S"];
+        let flags = [&rate[..], &["--json", json.to_str().unwrap()]].concat();
+        let error = against(&fake, &flags).await.unwrap_err();
+        assert_eq!(error.to_string(), "5 of 10 requests were not answered 200");
+        let figures: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+        assert_eq!(figures["answered"]["429 queue-full"], 5);
+        let seconds = figures["seconds"].as_f64().unwrap();
+        let throughput = figures["throughput"].as_f64().unwrap();
+        assert_eq!((throughput * seconds).round(), 5.0);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_written_is_told_before_the_run() {
+        let fake = FakeWeir::start(200).await;
+        let error = against(&fake, &["f", "--json", "/nowhere/figures.json"]).await;
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("/nowhere/figures.json"), "{error}");
+        assert_eq!(fake.calls("POST /infer"), 0);
     }
 
     #[tokio::test]

@@ -13,7 +13,8 @@ pub(crate) type Answered = Result<String, String>;
 pub(crate) struct Tally {
     answered: BTreeMap<String, u64>,
     errors: BTreeMap<String, u64>,
-    /// Of the whole answers, in microseconds.
+    /// Of the answers of 200, in microseconds: refusals are quick, and would
+    /// flatter.
     times: Histogram<u64>,
 }
 
@@ -25,8 +26,9 @@ pub(crate) struct Counted {
     pub(crate) answered: BTreeMap<String, u64>,
     /// By cause.
     pub(crate) errors: BTreeMap<String, u64>,
+    /// Of the answers of 200; `None` where there were none.
     #[serde(skip)]
-    pub(crate) times: Quantiles,
+    pub(crate) times: Option<Quantiles>,
 }
 
 /// In milliseconds.
@@ -50,8 +52,10 @@ impl Tally {
     pub(crate) fn add(&mut self, answer: &Answered, took: Duration) {
         let count = match answer {
             Ok(status) => {
-                // An auto-resizing histogram takes any number.
-                _ = self.times.record(took.as_micros() as u64);
+                if status == "200" {
+                    // An auto-resizing histogram takes any number.
+                    _ = self.times.record(took.as_micros() as u64);
+                }
                 self.answered.entry(status.clone())
             }
             Err(cause) => self.errors.entry(cause.clone()),
@@ -61,12 +65,12 @@ impl Tally {
 
     pub(crate) fn count(self) -> Counted {
         let ms = |quantile| self.times.value_at_quantile(quantile) as f64 / 1e3;
-        let times = Quantiles {
+        let times = (!self.times.is_empty()).then(|| Quantiles {
             p50: ms(0.5),
             p90: ms(0.9),
             p99: ms(0.99),
             max: self.times.max() as f64 / 1e3,
-        };
+        });
         Counted {
             requests: self.answered.values().chain(self.errors.values()).sum(),
             answered: self.answered,
@@ -77,13 +81,17 @@ impl Tally {
 }
 
 impl Counted {
-    /// Those that were not answered 200.
-    pub(crate) fn failed(&self) -> u64 {
-        self.requests - self.answered.get("200").copied().unwrap_or(0)
+    pub(crate) fn good(&self) -> u64 {
+        self.answered.get("200").copied().unwrap_or(0)
     }
 
-    /// One row for the requests, one for each answer, and one for the times.
-    pub(crate) fn rows(&self, table: &mut Table, times: &str) {
+    /// Those that were not answered 200.
+    pub(crate) fn failed(&self) -> u64 {
+        self.requests - self.good()
+    }
+
+    /// One row for the requests, and one for each answer.
+    pub(crate) fn rows(&self, table: &mut Table) {
         let mut row = |name: String, value: String| {
             table.add_row([name, value]);
         };
@@ -94,10 +102,45 @@ impl Counted {
         for (cause, count) in &self.errors {
             row(format!("error: {cause}"), count.to_string());
         }
-        let Quantiles { p50, p90, p99, max } = self.times;
-        row(
-            format!("{times} p50 / p90 / p99 / max"),
-            format!("{p50:.1} / {p90:.1} / {p99:.1} / {max:.1} ms"),
-        );
+    }
+}
+
+/// One row for times of answers of 200.
+pub(crate) fn times_row(table: &mut Table, name: &str, times: Option<Quantiles>) {
+    let value = match times {
+        Some(Quantiles { p50, p90, p99, max }) => {
+            format!("{p50:.1} / {p90:.1} / {p99:.1} / {max:.1} ms")
+        }
+        None => "none: nothing was answered 200".into(),
+    };
+    table.add_row([format!("{name} p50 / p90 / p99 / max"), value]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_answers_of_200_have_times() {
+        let mut tally = Tally::new().unwrap();
+        let ms = Duration::from_millis;
+        tally.add(&Ok("429 queue-full".into()), ms(1));
+        tally.add(&Ok("201".into()), ms(2));
+        tally.add(&Err("broken pipe".into()), ms(3));
+        assert_eq!(tally.count().times, None);
+
+        let mut tally = Tally::new().unwrap();
+        for _ in 0..99 {
+            tally.add(&Ok("429 queue-full".into()), ms(1));
+        }
+        tally.add(&Ok("200".into()), ms(1000));
+        let counted = tally.count();
+        assert_eq!((counted.good(), counted.failed()), (1, 99));
+        assert_eq!(counted.times.unwrap().p50.round(), 1000.0);
+        let mut table = Table::new();
+        counted.rows(&mut table);
+        times_row(&mut table, "latency", counted.times);
+        let text = table.trim_fmt();
+        assert!(text.contains("answered 429 queue-full"), "{text}");
     }
 }

@@ -31,6 +31,8 @@ pub(crate) struct State {
     status: u16,
     /// Nobody needs a key.
     pub(crate) open: bool,
+    /// Each such invocation finds the queue full.
+    pub(crate) refuse_every: Option<usize>,
 }
 
 #[derive(Clone)]
@@ -165,6 +167,20 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Respons
 }
 
 async fn invoke(state: &Mutex<State>) -> Response<Full<Bytes>> {
+    let refused = {
+        let state = state.lock().unwrap();
+        let invoked = state.calls.iter().filter(|(name, _)| name == "POST /infer");
+        let number = invoked.count();
+        let every = state.refuse_every;
+        every.is_some_and(|every| number.is_multiple_of(every))
+    };
+    if refused {
+        return Response::builder()
+            .status(429)
+            .header("x-weir-error", "queue-full")
+            .body(Full::default())
+            .unwrap();
+    }
     if state.lock().unwrap().instance().is_none() {
         let spawned = jiff::Timestamp::now();
         state.lock().unwrap().waiting += 1;

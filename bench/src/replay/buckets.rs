@@ -19,7 +19,7 @@ pub(super) struct Bucket {
     pub(super) arrivals: u64,
     /// Those of them that were not answered 200.
     pub(super) failed: u64,
-    /// Of those that were wholly answered.
+    /// Of those that were answered 200.
     pub(super) wait_milliseconds: Option<Quantiles>,
 }
 
@@ -42,7 +42,7 @@ pub(super) fn buckets(outcomes: &[Outcome]) -> anyhow::Result<(f64, Vec<Bucket>)
             at: place as f64 * width,
             arrivals: counted.requests,
             failed: counted.failed(),
-            wait_milliseconds: (!counted.answered.is_empty()).then_some(counted.times),
+            wait_milliseconds: counted.times,
         }
     };
     Ok((width, tallies.into_iter().enumerate().map(bucket).collect()))
@@ -89,7 +89,7 @@ mod tests {
         assert_eq!(buckets.len(), 101);
         assert_eq!((buckets[0].arrivals, buckets[0].failed), (2, 1));
         let waits = buckets[0].wait_milliseconds.unwrap();
-        assert_eq!(waits.p50.round(), 4.0);
+        assert_eq!(waits.p50.round(), 8.0);
         assert_eq!(waits.max.round(), 8.0);
         assert_eq!((buckets[2].arrivals, buckets[2].failed), (1, 1));
         assert_eq!(buckets[2].wait_milliseconds, None);

@@ -4,6 +4,7 @@ use comfy_table::Table;
 
 use super::summary::Summary;
 use super::watch::Count;
+use crate::tally::times_row;
 
 /// Columns of the chart.
 const WIDTH: usize = 64;
@@ -11,7 +12,8 @@ const WIDTH: usize = 64;
 pub(super) fn render(summary: &Summary) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
-    summary.counted.rows(&mut table, "wait");
+    summary.counted.rows(&mut table);
+    times_row(&mut table, "wait", summary.wait_milliseconds);
     let mut row = |name: &str, value: String| {
         table.add_row([name.to_owned(), value]);
     };

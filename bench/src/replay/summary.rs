@@ -28,7 +28,7 @@ What --json writes: one object. Seconds are the run's, not the trace's, and
   answered, errors      how many by status, and by cause where no whole answer
                         came
   waitMilliseconds      p50, p90, p99, max of latency less service time, of
-                        whole answers
+                        answers of 200; null where there were none
   instancesStarted, coldStarts
                         all, and those from no instance to one
   instanceSeconds, leastInstanceSeconds, workInstanceSeconds
@@ -40,7 +40,7 @@ What --json writes: one object. Seconds are the run's, not the trace's, and
   bucketSeconds         the width of each bucket
   buckets               requests by the time they came due: at (its start),
                         arrivals, failed (not answered 200), waitMilliseconds
-                        (as above; null without a whole answer)";
+                        (as above)";
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -51,7 +51,7 @@ pub(super) struct Summary {
     pub(super) settings: Settings,
     #[serde(flatten)]
     pub(super) counted: Counted,
-    pub(super) wait_milliseconds: Quantiles,
+    pub(super) wait_milliseconds: Option<Quantiles>,
     pub(super) instances_started: usize,
     /// Rises from no instance to one.
     pub(super) cold_starts: usize,
