@@ -82,15 +82,18 @@ pub async fn serve(args: SampleArgs) -> anyhow::Result<()> {
         () = &mut stop => return Ok(()),
     }
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, args.port));
+    // Before it: what the system takes meanwhile is not the instance's start.
+    let listening = jiff::Timestamp::now();
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("could not listen on {address}"))?;
     let instance = std::env::var("WEIR_INSTANCE_ID").unwrap_or_default();
-    serve_on(listener, args, &instance, stop).await
+    serve_on(listener, listening, args, &instance, stop).await
 }
 
 async fn serve_on(
     listener: TcpListener,
+    listening: jiff::Timestamp,
     args: SampleArgs,
     instance: &str,
     stop: impl Future<Output = ()>,
@@ -98,6 +101,7 @@ async fn serve_on(
     let sample = Arc::new(Sample {
         instance: HeaderValue::from_str(instance).context("WEIR_INSTANCE_ID is no header value")?,
         pid: HeaderValue::from(std::process::id()),
+        listening: precise(listening),
         args,
         load: Arc::default(),
     });
@@ -141,6 +145,7 @@ struct Sample {
     args: SampleArgs,
     instance: HeaderValue,
     pid: HeaderValue,
+    listening: HeaderValue,
     load: Arc<Load>,
 }
 
@@ -245,10 +250,8 @@ impl Sample {
         headers.insert("x-instance", self.instance.clone());
         headers.insert("x-pid", self.pid.clone());
         headers.insert("x-concurrency", HeaderValue::from(concurrency));
-        headers.insert(
-            "x-received-at",
-            HeaderValue::from_str(&format!("{at:.6}")).expect("a timestamp is visible ASCII"),
-        );
+        headers.insert("x-listening-since", self.listening.clone());
+        headers.insert("x-received-at", precise(at));
         response
     }
 
@@ -272,6 +275,7 @@ impl Sample {
             "served": self.load.served.load(Ordering::SeqCst),
             "cancelled": self.load.cancelled.load(Ordering::SeqCst),
             "maxConcurrency": self.load.max_concurrency.load(Ordering::SeqCst),
+            "listeningSince": self.listening.to_str().unwrap_or_default(),
         });
         full(StatusCode::OK, "application/json", stats.to_string())
     }
@@ -429,9 +433,23 @@ impl Body for Counted {
     }
 }
 
-/// What a caller of the sample function reads from its answers' heads.
+/// Microseconds.
+fn precise(at: jiff::Timestamp) -> HeaderValue {
+    HeaderValue::from_str(&format!("{at:.6}")).expect("a timestamp is visible ASCII")
+}
+
+/// When the instance that gave this answer had its request's head.
 pub(crate) fn received_at(headers: &HeaderMap) -> Option<jiff::Timestamp> {
-    headers.get("x-received-at")?.to_str().ok()?.parse().ok()
+    time_of(headers, "x-received-at")
+}
+
+/// When it began to listen, by the same clock.
+pub(crate) fn listening_since(headers: &HeaderMap) -> Option<jiff::Timestamp> {
+    time_of(headers, "x-listening-since")
+}
+
+fn time_of(headers: &HeaderMap, name: &str) -> Option<jiff::Timestamp> {
+    headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ pub(crate) struct State {
 #[derive(Clone)]
 struct Started {
     spawned: jiff::Timestamp,
+    listening: jiff::Timestamp,
     healthy: jiff::Timestamp,
     used: Instant,
 }
@@ -58,6 +59,8 @@ impl State {
 
 impl FakeWeir {
     pub(crate) const OWN_START: Duration = Duration::from_millis(20);
+    /// How long it takes to notice that the instance listens.
+    pub(crate) const NOTICED: Duration = Duration::from_millis(5);
     pub(crate) const ADDED: Duration = Duration::from_millis(5);
     const IDLE: Duration = Duration::from_millis(500);
 
@@ -185,12 +188,15 @@ async fn invoke(state: &Mutex<State>) -> Response<Full<Bytes>> {
         let spawned = jiff::Timestamp::now();
         state.lock().unwrap().waiting += 1;
         tokio::time::sleep(FakeWeir::OWN_START).await;
+        let listening = jiff::Timestamp::now();
+        tokio::time::sleep(FakeWeir::NOTICED).await;
         let healthy = jiff::Timestamp::now();
         tokio::time::sleep(FakeWeir::ADDED).await;
         let mut state = state.lock().unwrap();
         state.waiting -= 1;
         state.instance = Some(Started {
             spawned,
+            listening,
             healthy,
             used: Instant::now(),
         });
@@ -203,6 +209,9 @@ async fn invoke(state: &Mutex<State>) -> Response<Full<Bytes>> {
         .status(state.status)
         .header("x-instance", "i")
         .header("x-received-at", format!("{:.6}", jiff::Timestamp::now()));
+    if let Some(started) = &state.instance {
+        response = response.header("x-listening-since", format!("{:.6}", started.listening));
+    }
     if state.status != 200 {
         response = response.header("x-weir-error", "no-capacity");
     }

@@ -30,7 +30,7 @@ async fn start(flags: &[&str]) -> Running {
         let stopped = async {
             let _ = stopped.await;
         };
-        serve_on(listener, args, "i-1", stopped).await
+        serve_on(listener, jiff::Timestamp::now(), args, "i-1", stopped).await
     });
     Running {
         url: format!("http://{address}"),
@@ -85,6 +85,13 @@ async fn answers_say_who_and_how_busy() {
         let received = received_at(response.headers()).unwrap();
         let age = jiff::Timestamp::now().duration_since(received);
         assert!(age.as_secs() < 10 && !age.is_negative());
+        let since = listening_since(response.headers()).unwrap();
+        assert!(since <= received, "{since} {received}");
+        let stats: serde_json::Value = sample.get("/stats").await.json().await.unwrap();
+        assert_eq!(
+            stats["listeningSince"],
+            header(&response, "x-listening-since")
+        );
         response.bytes().await.unwrap();
     }
     assert_eq!(sample.get("/nothing").await.status(), 404);
