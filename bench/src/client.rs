@@ -297,14 +297,24 @@ impl Client {
         version: &str,
         at_most: Duration,
     ) -> anyhow::Result<()> {
+        self.until_instances(version, 0, at_most).await
+    }
+
+    /// Returns when there are so many instances or fewer.
+    pub(crate) async fn until_instances(
+        &self,
+        version: &str,
+        most: usize,
+        at_most: Duration,
+    ) -> anyhow::Result<()> {
         let deadline = Instant::now() + at_most;
         loop {
             let left = self.instances(version).await?.len();
-            if left == 0 {
+            if left <= most {
                 return Ok(());
             }
             if Instant::now() >= deadline {
-                bail!("{left} instances are still there after {at_most:?}");
+                bail!("{left} instances are still there after {at_most:?}, not {most}");
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }

@@ -27,8 +27,16 @@
 //! they could move between instances, and has no delay of its own between
 //! deciding and starting. No scheduler that lets no request wait can use
 //! less; one that lets requests wait might, by serving them closer together,
-//! and the ratio is then to be read with the waits. What none can go below is
-//! all service times divided by the slots, which is shown beside it.
+//! and the ratio is then to be read with the waits: it flatters, and the output
+//! says so. What none can go below is all service times divided by the slots,
+//! which is shown beside it.
+//!
+//! # What is promised
+//!
+//! The replay fails where a request was not answered 200, where there are more
+//! than `--min-instances` when the settle time after the last answer is over,
+//! and where the ratio is above `--max-ratio`. Whatever fails, the figures are
+//! shown and written.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -41,6 +49,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::client::{Client, TargetArgs, Version, deleting, iso, parse_duration, raise_files};
+use crate::output;
 use crate::tally::Answered;
 
 mod bound;
@@ -54,11 +63,11 @@ mod watch;
 
 use bound::{Job, least_instance_seconds};
 use progress::Progress;
-use summary::{Bounds, summarize};
+use summary::{Bounds, Summary, summarize};
 use trace::{Pace, Planned};
 use watch::{Watched, watch};
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(after_long_help = summary::JSON_HELP)]
 pub struct ReplayArgs {
     /// The trace: a CSV file with the columns TIMESTAMP, ContextTokens and
@@ -100,6 +109,15 @@ pub struct ReplayArgs {
     /// Milliseconds of service for each generated token
     #[arg(long, default_value_t = 15.0)]
     pub decode_ms: f64,
+    /// How long instances may take to go, down to the minimum, after the last
+    /// answer [default: three times the stable window, scale-in delay and idle
+    /// timeout, and 30 s of the run]. In the run's time
+    #[arg(long, value_parser = parse_duration)]
+    pub settle: Option<Duration>,
+    /// Fail where instance-seconds are above so many times the least without a
+    /// wait
+    #[arg(long, value_name = "R", value_parser = speed)]
+    pub max_ratio: Option<f64>,
     /// Write the figures and all that was seen here; --help says what that is
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -133,6 +151,9 @@ pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
         decode_ms: args.decode_ms,
     };
     let (format, plan) = trace::read(&args.trace, pace)?;
+    for path in [&args.json, &args.svg] {
+        output::writable(path.as_deref())?;
+    }
     // A request that waits holds a connection.
     raise_files()?;
     let client = Client::new(&args.target)?;
@@ -140,7 +161,8 @@ pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
     let name = format!("bench-replay-{}", &uuid::Uuid::new_v4().to_string()[..8]);
     let version = client.create(&name, start).await?;
     let run = run(&args, &client, &version, &plan);
-    let (outcomes, watched) = deleting(&client, std::slice::from_ref(&version), run).await?;
+    let (outcomes, watched, settled) =
+        deleting(&client, std::slice::from_ref(&version), run).await?;
 
     let jobs: Vec<Job> = plan
         .iter()
@@ -160,21 +182,40 @@ pub async fn replay(args: ReplayArgs) -> anyhow::Result<()> {
     let bounds = Bounds { least, work };
     let summary = summarize(&args, format, &outcomes, watched, bounds)?;
     // Before anything is printed, to what may read no more.
-    let write = |path: &PathBuf, text: String| {
-        std::fs::write(path, text).with_context(|| format!("could not write {}", path.display()))
-    };
     if let Some(path) = &args.json {
-        write(path, serde_json::to_string_pretty(&summary)?)?;
+        output::write(path, &serde_json::to_string_pretty(&summary)?)?;
     }
     if let Some(path) = &args.svg {
-        write(path, plot::draw(&summary))?;
+        output::write(path, &plot::draw(&summary))?;
     }
     println!("{}", report::render(&summary));
-    let failed = summary.counted.failed();
-    if failed > 0 {
-        bail!("{failed} of {} requests were not answered 200", plan.len());
+    let broken = broken(&summary, settled, args.max_ratio);
+    if !broken.is_empty() {
+        bail!("{}", broken.join("; "));
     }
     Ok(())
+}
+
+/// The promises that were not kept.
+fn broken(summary: &Summary, settled: anyhow::Result<()>, max_ratio: Option<f64>) -> Vec<String> {
+    let mut broken = Vec::new();
+    let counted = &summary.counted;
+    let failed = counted.failed();
+    if failed > 0 {
+        let all = counted.requests;
+        broken.push(format!("{failed} of {all} requests were not answered 200"));
+    }
+    if let Err(error) = settled {
+        broken.push(format!("not back to the minimum: {error:#}"));
+    }
+    match (summary.ratio, max_ratio) {
+        (Some(ratio), Some(most)) if ratio > most => {
+            broken.push(format!("the ratio is {ratio:.3}, above {most}"));
+        }
+        (None, Some(_)) => broken.push("the ratio is unknown: no instance was seen".into()),
+        _ => {}
+    }
+    broken
 }
 
 fn deployment(args: &ReplayArgs) -> serde_json::Value {
@@ -199,12 +240,14 @@ fn deployment(args: &ReplayArgs) -> serde_json::Value {
     })
 }
 
+/// What came of the requests, what was seen, and whether the instances went
+/// down to the minimum.
 async fn run(
     args: &ReplayArgs,
     client: &Client,
     version: &Version,
     plan: &[Planned],
-) -> anyhow::Result<(Vec<Outcome>, Watched)> {
+) -> anyhow::Result<(Vec<Outcome>, Watched, anyhow::Result<()>)> {
     let progress = Progress::new(plan.len())?;
     client.deploy(version, &deployment(args)).await?;
     let start = Instant::now();
@@ -221,19 +264,16 @@ async fn run(
     let outcomes = send_all(client, &version.function, plan, start, &progress).await;
 
     // Scaling in takes a stable window, an idle time and a sampling period.
-    let settle = (args.stable_window + args.scale_in_delay + args.idle_timeout)
-        .div_f64(args.speed)
-        .mul_f64(3.0)
-        + Duration::from_secs(30);
-    if args.min_instances == 0
-        && let Err(error) = client.until_no_instances(&version.version, settle).await
-    {
-        progress.warn(&format!("{error:#}"));
-    }
+    let windows = args.stable_window + args.scale_in_delay + args.idle_timeout;
+    let default = || windows.div_f64(args.speed).mul_f64(3.0) + Duration::from_secs(30);
+    let settle = args.settle.unwrap_or_else(default);
+    let settled = client
+        .until_instances(&version.version, args.min_instances as usize, settle)
+        .await;
     let _ = stop.send(());
     let watched = watcher.join_next().await.context("nobody watched")??;
     progress.end();
-    Ok((outcomes, watched))
+    Ok((outcomes, watched, settled))
 }
 
 async fn send_all(

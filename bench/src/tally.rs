@@ -80,6 +80,17 @@ impl Tally {
     }
 }
 
+impl Quantiles {
+    pub(crate) fn times(self, factor: f64) -> Self {
+        Self {
+            p50: self.p50 * factor,
+            p90: self.p90 * factor,
+            p99: self.p99 * factor,
+            max: self.max * factor,
+        }
+    }
+}
+
 impl Counted {
     pub(crate) fn good(&self) -> u64 {
         self.answered.get("200").copied().unwrap_or(0)

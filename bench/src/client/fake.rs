@@ -31,6 +31,8 @@ pub(crate) struct State {
     status: u16,
     /// Nobody needs a key.
     pub(crate) open: bool,
+    /// The instance does not go.
+    pub(crate) stays: bool,
     /// Each such invocation finds the queue full.
     pub(crate) refuse_every: Option<usize>,
 }
@@ -46,7 +48,7 @@ struct Started {
 impl State {
     fn instance(&self) -> Option<Value> {
         let started = self.instance.as_ref()?;
-        (started.used.elapsed() < FakeWeir::IDLE).then(|| {
+        (self.stays || started.used.elapsed() < FakeWeir::IDLE).then(|| {
             json!({
                 "id": "i",
                 "state": "ready",

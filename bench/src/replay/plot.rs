@@ -57,7 +57,7 @@ pub(super) fn draw(summary: &Summary) -> String {
 fn came_to(summary: &Summary) -> String {
     let ratio = match summary.ratio {
         Some(ratio) => format!(
-            "{ratio:.2} times the least possible ({:.1})",
+            "{ratio:.2} times the least where nothing waits ({:.1})",
             summary.least_instance_seconds
         ),
         None => "no instance was seen".into(),

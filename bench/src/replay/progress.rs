@@ -42,11 +42,6 @@ impl Progress {
         self.bar.set_message(message(sent, count, depth));
     }
 
-    /// Writes a line without breaking the bar.
-    pub(super) fn warn(&self, line: &str) {
-        self.bar.suspend(|| eprintln!("warning: {line}"));
-    }
-
     pub(super) fn end(&self) {
         self.bar.finish_and_clear();
     }

@@ -9,11 +9,18 @@ use crate::tally::times_row;
 /// Columns of the chart.
 const WIDTH: usize = 64;
 
+/// Where requests waited much.
+const NOTE: &str = "note: p99 of the waits is more than a tenth of the mean service time; \
+    waiting packs requests closer, so the first ratio flatters: see the second\n";
+
 pub(super) fn render(summary: &Summary) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     summary.counted.rows(&mut table);
-    times_row(&mut table, "wait", summary.wait_milliseconds);
+    let speed = summary.speed;
+    let in_trace = format!("wait in the trace's time (times {speed})");
+    times_row(&mut table, "wait as measured", summary.wait_milliseconds);
+    times_row(&mut table, &in_trace, summary.wait_trace_milliseconds);
     let mut row = |name: &str, value: String| {
         table.add_row([name.to_owned(), value]);
     };
@@ -23,29 +30,27 @@ pub(super) fn render(summary: &Summary) -> String {
         "instance-seconds",
         format!("{:.1}", summary.instance_seconds),
     );
+    let least = summary.least_instance_seconds;
+    row("least where nothing waits", format!("{least:.1}"));
+    let work = summary.work_instance_seconds;
     row(
-        "least possible",
-        format!("{:.1}", summary.least_instance_seconds),
+        "floor whatever waits (service times / slots)",
+        format!("{work:.1}"),
     );
-    row(
-        "service times / slots",
-        format!("{:.1}", summary.work_instance_seconds),
-    );
-    row(
-        "ratio to least possible",
-        summary
-            .ratio
-            .map_or("unknown: no instance was seen".into(), |ratio| {
-                format!("{ratio:.2}")
-            }),
-    );
+    let ratio = |ratio: Option<f64>| {
+        let unknown = || "unknown: no instance was seen".to_owned();
+        ratio.map_or_else(unknown, |ratio| format!("{ratio:.2}"))
+    };
+    row("ratio to least where nothing waits", ratio(summary.ratio));
+    row("ratio to floor whatever waits", ratio(summary.work_ratio));
     if summary.samples_missed > 0 {
         row(
             "looks at instances and queue that failed",
             summary.samples_missed.to_string(),
         );
     }
-    format!("{}\n{}", table.trim_fmt(), chart(&summary.instances))
+    let note = if summary.waits_flatter { NOTE } else { "" };
+    format!("{}\n{note}{}", table.trim_fmt(), chart(&summary.instances))
 }
 
 /// Instances over time, the most of each column: ready █, starting ▒,
@@ -98,7 +103,48 @@ fn chart(counts: &[Count]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use super::super::Outcome;
+    use super::super::summary::tests::{count, summary};
+    use super::super::watch::Watched;
     use super::*;
+
+    /// Of one request with a service time of 20 s, at 20 times the speed.
+    fn waited(milliseconds: u64) -> String {
+        let outcome = Outcome {
+            due: Duration::ZERO,
+            answer: Ok("200".into()),
+            wait: Duration::from_millis(milliseconds),
+        };
+        let watched = Watched {
+            counts: vec![count(0.0, 1, 0, 0), count(20.0, 0, 0, 0)],
+            ..Watched::default()
+        };
+        render(&summary("trace.csv", &[outcome], watched))
+    }
+
+    #[test]
+    fn waits_and_ratios_say_what_they_are() {
+        let text = waited(1000);
+        let row = |name: &str| {
+            let line = text.lines().find(|line| line.trim().starts_with(name));
+            let line = line.unwrap_or_else(|| panic!("no {name} in {text}"));
+            line.split("  ").last().unwrap().trim().to_owned()
+        };
+        let measured = row("wait as measured");
+        assert!(measured.starts_with("1000.4 / "), "{measured}");
+        let in_trace = row("wait in the trace's time (times 20)");
+        assert!(in_trace.starts_with("20008.9 / "), "{in_trace}");
+        assert_eq!(row("ratio to least where nothing waits"), "2.00");
+        assert_eq!(row("ratio to floor whatever waits"), "4.00");
+    }
+
+    #[test]
+    fn where_waits_are_long_the_ratio_is_said_to_flatter() {
+        assert!(!waited(1900).contains("flatters"));
+        assert!(waited(2100).contains("flatters"));
+    }
 
     #[test]
     fn the_chart_stacks_ready_starting_and_draining() {

@@ -29,11 +29,17 @@ What --json writes: one object. Seconds are the run's, not the trace's, and
                         came
   waitMilliseconds      p50, p90, p99, max of latency less service time, of
                         answers of 200; null where there were none
+  waitTraceMilliseconds the same in the trace's time, so times speed
   instancesStarted, coldStarts
                         all, and those from no instance to one
   instanceSeconds, leastInstanceSeconds, workInstanceSeconds
-                        used; the least possible; service times by slots
-  ratio                 used to least; null where no instance was seen
+                        used; the least possible where no request waits; the
+                        least whatever waits, service times by slots
+  ratio, workRatio      used to each of these two; null where no instance was
+                        seen
+  waitsFlatter          whether p99 of the waits is more than a tenth of the
+                        mean service time: waiting packs requests closer, so
+                        that ratio is lower than it would be without
   samplesMissed         looks at the instances and the queue that failed
   instances             each look: at, starting, ready, draining, error
   queue                 each look: at, depth (invocations that wait)
@@ -52,6 +58,7 @@ pub(super) struct Summary {
     #[serde(flatten)]
     pub(super) counted: Counted,
     pub(super) wait_milliseconds: Option<Quantiles>,
+    pub(super) wait_trace_milliseconds: Option<Quantiles>,
     pub(super) instances_started: usize,
     /// Rises from no instance to one.
     pub(super) cold_starts: usize,
@@ -61,6 +68,8 @@ pub(super) struct Summary {
     /// and started in no time.
     pub(super) work_instance_seconds: f64,
     pub(super) ratio: Option<f64>,
+    pub(super) work_ratio: Option<f64>,
+    pub(super) waits_flatter: bool,
     pub(super) samples_missed: u64,
     pub(super) instances: Vec<Count>,
     pub(super) queue: Vec<Depth>,
@@ -105,6 +114,9 @@ impl Settings {
     }
 }
 
+/// A wait is, from this part of the mean service time on.
+const CONSIDERABLE: f64 = 0.1;
+
 /// What knowing the trace beforehand would have cost, in instance-seconds.
 pub(super) struct Bounds {
     pub(super) least: f64,
@@ -124,21 +136,27 @@ pub(super) fn summarize(
     }
     let counted = tally.count();
     let used = instance_seconds(&watched.counts);
+    // Nothing seen is nothing to compare.
+    let to = |bound: f64| (used > 0.0 && bound > 0.0).then(|| used / bound);
     let (bucket_seconds, buckets) = buckets(outcomes)?;
+    let service = bounds.work * f64::from(args.max_request_concurrency) * 1e3;
+    let considerable = CONSIDERABLE * service / outcomes.len() as f64;
     Ok(Summary {
         trace: file_name(&args.trace),
         format,
         speed: args.speed,
         settings: Settings::of(args),
         wait_milliseconds: counted.times,
+        wait_trace_milliseconds: counted.times.map(|waits| waits.times(args.speed)),
+        waits_flatter: counted.times.is_some_and(|waits| waits.p99 > considerable),
         counted,
         instances_started: watched.ids.len(),
         cold_starts: cold_starts(&watched.counts),
         instance_seconds: used,
         least_instance_seconds: bounds.least,
         work_instance_seconds: bounds.work,
-        // Nothing seen is nothing to compare.
-        ratio: (used > 0.0 && bounds.least > 0.0).then(|| used / bounds.least),
+        ratio: to(bounds.least),
+        work_ratio: to(bounds.work),
         samples_missed: watched.missed,
         instances: watched.counts,
         queue: watched.queue,
@@ -227,6 +245,13 @@ pub(super) mod tests {
         assert_eq!(settings["panicWindowSeconds"], 6.0);
         assert_eq!(settings["queueMaxRequests"], 100_000);
         assert_eq!(json["ratio"], 2.0);
+        assert_eq!(json["workRatio"], 4.0);
+        // The one request has 20 s of service: half of ten instance-seconds
+        // by four slots.
+        assert_eq!(json["waitsFlatter"], false);
+        let wait = json["waitMilliseconds"]["p50"].as_f64().unwrap();
+        let in_trace = json["waitTraceMilliseconds"]["p50"].as_f64().unwrap();
+        assert_eq!(in_trace, wait * 20.0);
         assert_eq!(json["instances"][0]["starting"], 1);
         assert_eq!(
             json["queue"],

@@ -119,6 +119,49 @@ async fn a_replay_with_failed_requests_fails_and_cleans_up() {
 }
 
 #[tokio::test]
+async fn a_replay_whose_instances_stay_fails() {
+    let fake = FakeWeir::start(200).await;
+    fake.state().stays = true;
+    let directory = tempfile::tempdir().unwrap();
+    let mut args = args(&fake, directory.path(), AZURE);
+    args.settle = Some(Duration::ZERO);
+    let error = replay(args.clone()).await.unwrap_err().to_string();
+    assert!(
+        error.contains("not back to the minimum: 1 instances"),
+        "{error}"
+    );
+    assert_eq!(written(directory.path())["answered"]["200"], 3);
+    assert_eq!(fake.calls("DELETE /v2/nvcf/functions/f/versions/v"), 1);
+
+    args.min_instances = 1;
+    replay(args).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_replay_above_its_ratio_fails() {
+    let fake = FakeWeir::start(200).await;
+    let directory = tempfile::tempdir().unwrap();
+    let mut args = args(&fake, directory.path(), AZURE);
+    args.max_ratio = Some(0.001);
+    let error = replay(args.clone()).await.unwrap_err().to_string();
+    assert!(error.contains("above 0.001"), "{error}");
+    assert!(written(directory.path())["ratio"].as_f64().unwrap() > 0.001);
+    args.max_ratio = Some(1000.0);
+    replay(args).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_written_is_told_before_anything_is_made() {
+    let fake = FakeWeir::start(200).await;
+    let directory = tempfile::tempdir().unwrap();
+    let mut args = args(&fake, directory.path(), AZURE);
+    args.svg = Some("/nowhere/plot.svg".into());
+    let error = format!("{:#}", replay(args).await.unwrap_err());
+    assert!(error.contains("/nowhere/plot.svg"), "{error}");
+    assert_eq!(fake.calls("POST /v2/nvcf/functions"), 0);
+}
+
+#[tokio::test]
 async fn a_wrong_key_is_told_as_such() {
     let fake = FakeWeir::start(200).await;
     let directory = tempfile::tempdir().unwrap();

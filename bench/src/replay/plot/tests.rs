@@ -71,7 +71,9 @@ fn it_is_xml_on_a_ground_of_its_own_with_titles_axes_and_legends() {
     let all = texts(root);
     let has = |text: &str| assert!(all.iter().any(|t| t.contains(text)), "{text}: {all:?}");
     has("Replay of a&b<c>.csv at 20 times its speed");
-    has("2 requests, 0 failed; 17.0 instance-seconds, 1.70 times the least possible (10.0)");
+    has(
+        "2 requests, 0 failed; 17.0 instance-seconds, 1.70 times the least where nothing waits (10.0)",
+    );
     has("0 to 2 instances of 4 slots; start delay 10 s of the trace");
     has("seconds after the first request (one is 20 s of the trace)");
     for (name, head, keys) in [
