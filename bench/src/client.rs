@@ -10,6 +10,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use crate::tally::Answered;
@@ -89,6 +90,7 @@ pub(crate) struct Instance {
     pub(crate) id: String,
     #[serde(default)]
     pub(crate) state: String,
+    pub(crate) pid: Option<i32>,
     pub(crate) spawned_at: Option<jiff::Timestamp>,
     pub(crate) first_healthy_at: Option<jiff::Timestamp>,
 }
@@ -212,7 +214,7 @@ impl Client {
         Ok(())
     }
 
-    async fn until_active(&self, of: &Version, at_most: Duration) -> anyhow::Result<()> {
+    pub(crate) async fn status(&self, of: &Version) -> anyhow::Result<String> {
         #[derive(Deserialize)]
         struct Answer {
             function: Status,
@@ -222,15 +224,39 @@ impl Client {
             status: String,
         }
         let path = format!("/v2/nvcf/functions/{}/versions/{}", of.function, of.version);
+        let answer: Answer = read(self.admin(Method::GET, &path)).await?;
+        Ok(answer.function.status)
+    }
+
+    async fn until_active(&self, of: &Version, at_most: Duration) -> anyhow::Result<()> {
         let deadline = Instant::now() + at_most;
         loop {
-            let answer: Answer = read(self.admin(Method::GET, &path)).await?;
-            let status = answer.function.status;
+            let status = self.status(of).await?;
             if status == "ACTIVE" {
                 return Ok(());
             }
             if status == "ERROR" || Instant::now() >= deadline {
                 bail!("the deployed version is {status}, not ACTIVE");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Returns these when so many instances are ready and the version is ACTIVE.
+    pub(crate) async fn until_ready(
+        &self,
+        of: &Version,
+        count: usize,
+    ) -> anyhow::Result<Vec<Instance>> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let mut ready = self.instances(&of.version).await?;
+            ready.retain(|instance| instance.state == "ready");
+            if ready.len() >= count && self.status(of).await? == "ACTIVE" {
+                return Ok(ready);
+            }
+            if Instant::now() >= deadline {
+                bail!("only {} of {count} instances are ready", ready.len());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -283,6 +309,20 @@ impl Client {
             .find(|queue| queue.function_version_id == of.version)
             .with_context(|| format!("{path} has no queue of version {}", of.version))?;
         Ok(queue.queue_depth)
+    }
+
+    /// Asks without a pause until so many invocations wait.
+    pub(crate) async fn until_queued(&self, of: &Version, wanted: u64) -> anyhow::Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let depth = self.queue_depth(of).await?;
+            if depth == wanted {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                bail!("{depth} invocations wait, not {wanted}");
+            }
+        }
     }
 
     pub(crate) async fn instance(&self, id: &str) -> anyhow::Result<Instance> {
@@ -340,7 +380,22 @@ async fn check(response: Response) -> anyhow::Result<Response> {
     bail!("{path} answered {status}: {}", body.trim());
 }
 
-/// Runs `work` and deletes `versions` whatever came of it, also on Ctrl-C.
+/// Returns on Ctrl-C and SIGTERM.
+pub(crate) async fn interrupted() {
+    let terminated = async {
+        match signal(SignalKind::terminate()) {
+            Ok(mut terminate) => terminate.recv().await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminated => {}
+    }
+}
+
+/// Runs `work` and deletes `versions` whatever came of it, also where it is
+/// [`interrupted`].
 pub(crate) async fn deleting<T>(
     client: &Client,
     versions: &[Version],
@@ -348,7 +403,7 @@ pub(crate) async fn deleting<T>(
 ) -> anyhow::Result<T> {
     let done = tokio::select! {
         done = work => done,
-        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        () = interrupted() => Err(anyhow::anyhow!("interrupted")),
     };
     let mut deleted = Ok(());
     for version in versions {

@@ -3,12 +3,15 @@
 //! running `weir serve` and shares no code with it.
 
 mod client;
+pub mod leave;
 pub mod load;
 pub mod memory;
 mod output;
 pub mod replay;
 pub mod sample;
+pub mod state;
 mod tally;
+mod times;
 pub mod wake;
 
 #[derive(Debug, clap::Subcommand)]
@@ -24,6 +27,10 @@ pub enum Bench {
     Wake(wake::WakeArgs),
     /// Measure the memory that queued invocations and idle connections take
     Memory(memory::MemoryArgs),
+    /// Measure how soon a place in the queue is free after its caller left
+    Leave(leave::LeaveArgs),
+    /// Measure how soon a version is DEGRADING after an instance was killed
+    State(state::StateArgs),
 }
 
 pub async fn run(bench: Bench) -> anyhow::Result<()> {
@@ -32,5 +39,7 @@ pub async fn run(bench: Bench) -> anyhow::Result<()> {
         Bench::Replay(args) => replay::replay(args).await,
         Bench::Wake(args) => wake::wake(args).await,
         Bench::Memory(args) => memory::memory(args).await,
+        Bench::Leave(args) => leave::leave(args).await,
+        Bench::State(args) => state::state(args).await,
     }
 }

@@ -18,13 +18,12 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use comfy_table::Table;
-use hdrhistogram::Histogram;
 use indicatif::ProgressBar;
 use serde_json::json;
 
 use crate::client::{Client, TargetArgs, Version, deleting};
 use crate::sample;
+use crate::times;
 
 #[derive(Debug, clap::Args)]
 pub struct WakeArgs {
@@ -145,34 +144,20 @@ fn between(from: jiff::Timestamp, to: jiff::Timestamp) -> anyhow::Result<Duratio
 }
 
 fn render(wakes: &[Wake]) -> anyhow::Result<String> {
-    let mut table = Table::new();
-    table.load_style(comfy_table::presets::NOTHING);
-    table.set_header(["milliseconds", "median", "p90", "max"]);
-    let mut row = |name: &str, of: fn(&Wake) -> Duration| -> anyhow::Result<()> {
-        let mut histogram = Histogram::<u64>::new(4)?;
-        for wake in wakes {
-            histogram.record(of(wake).as_micros() as u64)?;
-        }
-        let ms = |micros: u64| format!("{:.2}", micros as f64 / 1e3);
-        table.add_row([
-            name.to_owned(),
-            ms(histogram.value_at_quantile(0.5)),
-            ms(histogram.value_at_quantile(0.9)),
-            ms(histogram.max()),
-        ]);
-        Ok(())
-    };
-    row("arrival to dispatch", |wake| wake.whole)?;
-    row("own start: spawn to first healthy answer", |wake| {
-        wake.healthy
-    })?;
-    row("own start: spawn to listening", |wake| wake.listening)?;
-    row("added, less spawn to first healthy answer", Wake::added)?;
-    row(
-        "added, less spawn to listening (strict)",
-        Wake::added_strictly,
-    )?;
-    Ok(format!("{} cold starts\n{}", wakes.len(), table.trim_fmt()))
+    let row = |name, of: fn(&Wake) -> Duration| (name, wakes.iter().map(of).collect());
+    let table = times::table(&[
+        row("arrival to dispatch", |wake| wake.whole),
+        row("own start: spawn to first healthy answer", |wake| {
+            wake.healthy
+        }),
+        row("own start: spawn to listening", |wake| wake.listening),
+        row("added, less spawn to first healthy answer", Wake::added),
+        row(
+            "added, less spawn to listening (strict)",
+            Wake::added_strictly,
+        ),
+    ])?;
+    Ok(format!("{} cold starts\n{table}", wakes.len()))
 }
 
 #[cfg(test)]

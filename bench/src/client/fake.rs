@@ -27,6 +27,10 @@ pub(crate) struct State {
     instance: Option<Started>,
     /// Invocations that have no instance yet.
     waiting: u64,
+    /// Those that left while they waited.
+    left: u64,
+    /// The only instance there is; ready and ACTIVE while it lives.
+    pub(crate) pid: Option<u32>,
     /// What invocations are answered with.
     status: u16,
     /// Nobody needs a key.
@@ -46,6 +50,24 @@ struct Started {
 }
 
 impl State {
+    /// Whether the process of `pid` has ended, waited for or not.
+    fn killed(&self) -> bool {
+        self.pid.is_some_and(|pid| {
+            let process = procfs::process::Process::new(pid as i32);
+            let stat = process.and_then(|process| process.stat());
+            stat.is_ok_and(|stat| stat.state == 'Z')
+        })
+    }
+
+    fn instances(&self) -> Vec<Value> {
+        match self.pid {
+            Some(pid) => ["one", "two"]
+                .map(|id| json!({ "id": id, "state": "ready", "pid": pid }))
+                .into(),
+            None => self.instance().into_iter().collect(),
+        }
+    }
+
     fn instance(&self) -> Option<Value> {
         let started = self.instance.as_ref()?;
         (self.stays || started.used.elapsed() < FakeWeir::IDLE).then(|| {
@@ -107,6 +129,10 @@ impl FakeWeir {
         state.calls.iter().filter(|(name, _)| name == call).count()
     }
 
+    pub(crate) fn left(&self) -> u64 {
+        self.state.lock().unwrap().left
+    }
+
     pub(crate) fn body_of(&self, call: &str) -> Value {
         let state = self.state.lock().unwrap();
         let found = state.calls.iter().find(|(name, _)| name == call);
@@ -114,11 +140,33 @@ impl FakeWeir {
     }
 }
 
+/// An invocation that never gets an instance.
+struct Waiting(Arc<Mutex<State>>);
+
+impl Waiting {
+    fn new(state: &Arc<Mutex<State>>) -> Self {
+        state.lock().unwrap().waiting += 1;
+        Self(Arc::clone(state))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let mut state = self.0.lock().unwrap();
+        state.waiting -= 1;
+        state.left += 1;
+    }
+}
+
 async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
-    let body = body.collect().await.unwrap().to_bytes();
-    let body = serde_json::from_slice(&body).unwrap_or_default();
     let call = format!("{} {}", head.method, head.uri.path());
+    let _waiting = (call == "POST /echo").then(|| Waiting::new(&state));
+    // To who left amid its body it does not matter what is answered.
+    let body = match body.collect().await {
+        Ok(body) => serde_json::from_slice(&body.to_bytes()).unwrap_or_default(),
+        Err(_) => return Response::default(),
+    };
     state.lock().unwrap().calls.push((call.clone(), body));
     let json = |status: u16, body: Value| {
         Response::builder()
@@ -139,7 +187,9 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Respons
             json(200, json!({ "deployment": {} }))
         }
         "GET /v2/nvcf/functions/f/versions/v" => {
-            json(200, json!({ "function": { "status": "ACTIVE" } }))
+            let killed = state.lock().unwrap().killed();
+            let status = if killed { "DEGRADING" } else { "ACTIVE" };
+            json(200, json!({ "function": { "status": status } }))
         }
         "DELETE /v2/nvcf/functions/f/versions/v" => json(204, Value::Null),
         "GET /v2/nvcf/queues/functions/f" => {
@@ -148,11 +198,8 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Respons
             json(200, json!({ "functionId": "f", "queues": [queue] }))
         }
         "GET /v2/weir/instances" => {
-            let instance = state.lock().unwrap().instance();
-            json(
-                200,
-                json!({ "instances": instance.into_iter().collect::<Vec<_>>() }),
-            )
+            let instances = state.lock().unwrap().instances();
+            json(200, json!({ "instances": instances }))
         }
         "GET /v2/weir/instances/i" => {
             let instance = state.lock().unwrap().instance();
@@ -164,6 +211,7 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Respons
             let line = format!("weir_queue_depth{{version=\"v\"}} {}\n", queued.count());
             Response::new(Full::from(line))
         }
+        "POST /stream" => Response::default(),
         // The invocation of a version that never gets ready.
         "POST /echo" => std::future::pending().await,
         "POST /infer" | "GET /infer" => invoke(&state).await,
