@@ -201,6 +201,18 @@ impl Client {
 
     /// Returns when the version takes invocations.
     pub(crate) async fn deploy(&self, of: &Version, deployment: &Value) -> anyhow::Result<()> {
+        self.begin_deployment(of, deployment).await?;
+        self.until_active(of, Duration::from_secs(60)).await?;
+        tokio::time::sleep(PROPAGATION).await;
+        Ok(())
+    }
+
+    /// Returns when the deployment is acknowledged.
+    pub(crate) async fn begin_deployment(
+        &self,
+        of: &Version,
+        deployment: &Value,
+    ) -> anyhow::Result<()> {
         let path = format!(
             "/v2/nvcf/deployments/functions/{}/versions/{}",
             of.function, of.version
@@ -209,8 +221,6 @@ impl Client {
         check(request.send().await?)
             .await
             .context("could not deploy")?;
-        self.until_active(of, Duration::from_secs(60)).await?;
-        tokio::time::sleep(PROPAGATION).await;
         Ok(())
     }
 
@@ -358,6 +368,11 @@ impl Client {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    pub(crate) async fn is_ready(&self) -> bool {
+        let answer = self.admin(Method::GET, "/readyz").send().await;
+        answer.is_ok_and(|answer| answer.status() == 200)
     }
 
     pub(crate) async fn metrics(&self) -> anyhow::Result<String> {

@@ -1,6 +1,7 @@
 //! Shows what Weir costs and what it does, from outside: a sample function to
-//! call, load, the replay of a trace, cold starts, memory. It speaks HTTP to a
-//! running `weir serve` and shares no code with it.
+//! call, load, the replay of a trace, cold starts, memory, restarts, callers
+//! that leave, states. It speaks HTTP to a running `weir serve` and shares no
+//! code with it.
 
 mod client;
 pub mod leave;
@@ -8,6 +9,7 @@ pub mod load;
 pub mod memory;
 mod output;
 pub mod replay;
+pub mod restart;
 pub mod sample;
 pub mod state;
 mod tally;
@@ -27,6 +29,9 @@ pub enum Bench {
     Wake(wake::WakeArgs),
     /// Measure the memory that queued invocations and idle connections take
     Memory(memory::MemoryArgs),
+    /// Kill a `weir serve` of its own again and again, and measure how soon it
+    /// is ready and serves
+    Restart(restart::RestartArgs),
     /// Measure how soon a place in the queue is free after its caller left
     Leave(leave::LeaveArgs),
     /// Measure how soon a version is DEGRADING after an instance was killed
@@ -39,6 +44,7 @@ pub async fn run(bench: Bench) -> anyhow::Result<()> {
         Bench::Replay(args) => replay::replay(args).await,
         Bench::Wake(args) => wake::wake(args).await,
         Bench::Memory(args) => memory::memory(args).await,
+        Bench::Restart(args) => restart::restart(args).await,
         Bench::Leave(args) => leave::leave(args).await,
         Bench::State(args) => state::state(args).await,
     }

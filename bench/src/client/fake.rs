@@ -89,26 +89,25 @@ impl FakeWeir {
     const IDLE: Duration = Duration::from_millis(500);
 
     pub(crate) async fn start(status: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        Self::on(&["127.0.0.1:0"], status).await
+    }
+
+    /// On all of these addresses; its URL is the first.
+    pub(crate) async fn on(addresses: &[&str], status: u16) -> Self {
         let state = Arc::new(Mutex::new(State {
             status,
             ..State::default()
         }));
-        let shared = Arc::clone(&state);
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let state = Arc::clone(&shared);
-                let service = service_fn(move |request| {
-                    let state = Arc::clone(&state);
-                    async move { Ok::<_, Infallible>(answer(state, request).await) }
-                });
-                let connection = hyper::server::conn::http1::Builder::new()
-                    .serve_connection(TokioIo::new(stream), service);
-                tokio::spawn(connection);
-            }
-        });
-        Self { url, state }
+        let mut urls = Vec::new();
+        for address in addresses {
+            let listener = TcpListener::bind(address).await.unwrap();
+            urls.push(format!("http://{}", listener.local_addr().unwrap()));
+            tokio::spawn(serve(listener, Arc::clone(&state)));
+        }
+        Self {
+            url: urls.swap_remove(0),
+            state,
+        }
     }
 
     pub(crate) fn target(&self) -> TargetArgs {
@@ -137,6 +136,19 @@ impl FakeWeir {
         let state = self.state.lock().unwrap();
         let found = state.calls.iter().find(|(name, _)| name == call);
         found.expect("it was called").1.clone()
+    }
+}
+
+async fn serve(listener: TcpListener, state: Arc<Mutex<State>>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let state = Arc::clone(&state);
+        let service = service_fn(move |request| {
+            let state = Arc::clone(&state);
+            async move { Ok::<_, Infallible>(answer(state, request).await) }
+        });
+        let connection = hyper::server::conn::http1::Builder::new()
+            .serve_connection(TokioIo::new(stream), service);
+        tokio::spawn(connection);
     }
 }
 
@@ -205,6 +217,7 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Respons
             let instance = state.lock().unwrap().instance();
             json(200, json!({ "instance": instance }))
         }
+        "GET /readyz" => Response::default(),
         "GET /metrics" => {
             let state = state.lock().unwrap();
             let queued = state.calls.iter().filter(|(name, _)| name == "POST /echo");
