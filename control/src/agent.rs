@@ -41,6 +41,7 @@ use self::{
     cgroup::Groups, logs::Logs, ports::Ports, process::Process, procs::Children, record::Record,
 };
 use crate::{
+    dial::Trust,
     gpu::{Gpu, GpuPool},
     model::{Deployment, GpuSpecificationId, Instance, InstanceId, Launch, Version},
     private,
@@ -72,6 +73,8 @@ pub struct AgentConfig {
     pub gpus: Vec<Gpu>,
     /// Weir's own listeners, which no endpoint may name.
     pub forbidden: Vec<SocketAddr>,
+    /// Whose certificates an endpoint may show.
+    pub trust: Trust,
     /// From SIGTERM to SIGKILL.
     pub kill_after: Duration,
 }
@@ -141,6 +144,7 @@ struct Node {
     user: String,
     open_files: Option<u64>,
     forbidden: Vec<SocketAddr>,
+    trust: Trust,
     kill_after: Duration,
     ports: Ports,
     gpus: GpuPool,
@@ -195,6 +199,7 @@ impl Agent {
             user: config.user.unwrap_or_else(|| "nobody".to_owned()),
             open_files: config.open_files,
             forbidden: config.forbidden,
+            trust: config.trust,
             kill_after: config.kill_after,
             _lock: lock,
         };

@@ -240,6 +240,7 @@ mod tests {
             user: None,
             gpus: vec![],
             forbidden: vec![],
+            trust: crate::dial::Trust::default(),
             kill_after: Duration::from_millis(500),
             open_files: None,
         };

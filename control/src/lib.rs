@@ -6,6 +6,7 @@
 //! - [`store`]: intent, durable.
 //! - [`coordination`]: facts, as long as those who tell them live.
 //! - [`directory`]: intent and facts joined into one immutable view per function.
+//! - [`dial`]: connections to instances, plain or over TLS.
 //! - [`state`]: the six function states, computed.
 //! - [`scale`]: how many instances a version gets, as a pure function.
 //! - [`controller`]: carries those decisions out.
@@ -19,6 +20,7 @@ pub mod api;
 pub mod auth;
 pub mod controller;
 pub mod coordination;
+pub mod dial;
 pub mod directory;
 pub mod gpu;
 pub mod model;

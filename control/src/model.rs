@@ -190,7 +190,7 @@ pub struct EnvVar {
 pub enum Launch {
     /// Started by an agent.
     Process(ProcessSpec),
-    /// Servers that run already: `http://host:port`, each one an instance.
+    /// Servers that run already: `http://host:port` or `https://host:port`, each one an instance.
     Endpoints(Vec<String>),
 }
 
@@ -603,6 +603,9 @@ pub struct Instance {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub address: Option<SocketAddr>,
+    /// Present where it is called over TLS: the name, or IP address, that its certificate has to be for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_name: Option<String>,
     /// Slots: its maxRequestConcurrency.
     pub capacity: u32,
     /// Its process; absent for an endpoint, and without one.

@@ -117,6 +117,7 @@ mod tests {
                 node: "local".into(),
                 state: *state,
                 address: None,
+                server_name: None,
                 capacity: 1,
                 pid: None,
                 created_at: jiff::Timestamp::UNIX_EPOCH,

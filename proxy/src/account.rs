@@ -86,6 +86,7 @@ impl Account {
                 span: SpanId::random(),
                 request_id: caller.request_id,
                 peer: caller.peer,
+                scheme: caller.scheme.spoken(),
                 method,
                 protocol: head.version,
                 arrived: (arrived, SystemTime::now()),
@@ -169,7 +170,8 @@ impl Account {
         open.trace.tell(span, headers);
         if let Some(record) = &mut open.record {
             let started = backend.started.zip(backend.healthy);
-            record.attempt(span, backend.instance, backend.address, started);
+            let secure = backend.name.is_some();
+            record.attempt(span, (backend.instance, backend.address, secure), started);
         }
     }
 

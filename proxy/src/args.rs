@@ -143,7 +143,7 @@ pub struct ServeArgs {
     pub limits: LimitArgs,
 }
 
-/// Certificates of the listeners. The files are read again when they change.
+/// Certificates of the listeners, whose files are read again when they change, and of instances.
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "TLS")]
 pub struct TlsArgs {
@@ -178,6 +178,11 @@ pub struct TlsArgs {
         value_delimiter = ','
     )]
     pub admin_tls_key: Vec<PathBuf>,
+
+    /// PEM file with certificates of authorities that instances called by https:// may have theirs from, beside the
+    /// system's
+    #[arg(long, env = "WEIR_INSTANCE_CA", value_name = "FILE")]
+    pub instance_ca: Option<PathBuf>,
 
     /// Lowest version of TLS that is spoken, on both listeners
     #[arg(long, env = "WEIR_TLS_MIN_VERSION", default_value = "1.2")]

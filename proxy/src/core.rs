@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weir_control::{
     auth::{self, Denied},
+    dial::Trust,
     directory::Directory,
     model::{FunctionId, Key},
 };
@@ -39,6 +40,8 @@ pub struct Core {
     pub settings: Arc<Settings>,
     /// Where the data plane speaks TLS.
     pub tls: Option<TlsAcceptor>,
+    /// Whose certificates instances may show.
+    pub trust: Trust,
     /// Requests that are open on this core; the acceptor gives the next connection to the core with the fewest.
     pub open: Arc<AtomicUsize>,
     pub stopping: watch::Receiver<Stopping>,
@@ -99,6 +102,17 @@ pub enum Scheme {
     Https,
     /// HTTP where TLS is asked for: it is told so.
     HttpOnTls,
+}
+
+impl Scheme {
+    /// As URLs have it.
+    #[must_use]
+    pub fn spoken(self) -> &'static str {
+        match self {
+            Self::Https => "https",
+            Self::Http | Self::HttpOnTls => "http",
+        }
+    }
 }
 
 impl Core {

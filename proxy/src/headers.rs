@@ -7,7 +7,7 @@ use uuid::Uuid;
 use weir_control::model::{Key, Version};
 
 use crate::{
-    core::{Caller, Scheme, Settings},
+    core::{Caller, Settings},
     refusal::{ERROR_HEADER, Refusal},
 };
 
@@ -187,11 +187,7 @@ pub fn forward(
             .encode_lower(&mut Uuid::encode_buffer()),
     );
     set("x-forwarded-for", &caller.peer.to_string());
-    let proto = match caller.scheme {
-        Scheme::Https => "https",
-        Scheme::Http | Scheme::HttpOnTls => "http",
-    };
-    set("x-forwarded-proto", proto);
+    set("x-forwarded-proto", caller.scheme.spoken());
     if let Some(host) = &host {
         headers.insert(HeaderName::from_static("x-forwarded-host"), host.clone());
     }

@@ -87,7 +87,8 @@ pub async fn invoke(
         account.dispatched(waited.take(), slot.target(), request.headers_mut());
         let instance = slot.target().instance;
         let cancels = &deployed.metrics.cancel_timeouts;
-        let send = upstream::send(slot, request, core.settings.instances, cancels);
+        let times = core.settings.instances;
+        let send = upstream::send(slot, request, times, &core.trust, cancels);
         match timeout_at(deadline, send).await {
             // A protocol that nobody asked for: what follows is no answer.
             Ok(Ok((response, _))) if response.status().is_informational() => {

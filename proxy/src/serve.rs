@@ -27,6 +27,7 @@ use weir_control::{
     api, auth,
     controller::{Controller, Decisions, Slots},
     coordination::{Coordination, Load, Member, local::Local, take_part},
+    dial::Trust,
     directory::Directory,
     gpu,
     model::{FunctionId, InstanceId, VersionId},
@@ -83,6 +84,10 @@ async fn run(args: &ServeArgs, open_files: Option<u64>) -> anyhow::Result<ExitCo
 
     let data_certificates = certificates(args.tls.data())?;
     let admin_certificates = certificates(args.tls.admin())?;
+    let trust = match &args.tls.instance_ca {
+        Some(file) => Trust::adding(file).context("--instance-ca")?,
+        None => Trust::default(),
+    };
 
     let metrics = Metrics::new()?;
     let process = Arc::new(metrics.process());
@@ -113,6 +118,7 @@ async fn run(args: &ServeArgs, open_files: Option<u64>) -> anyhow::Result<ExitCo
             open_files,
             gpus: gpus.clone(),
             forbidden: vec![listen, admin_address],
+            trust: trust.clone(),
             kill_after: AgentConfig::KILL_AFTER,
         },
         report_sender,
@@ -270,6 +276,7 @@ async fn run(args: &ServeArgs, open_files: Option<u64>) -> anyhow::Result<ExitCo
             metrics: process.clone(),
             settings: settings.clone(),
             tls: data_tls.clone(),
+            trust: trust.clone(),
             open,
             stopping: stopping.clone(),
             over: CancellationToken::new(),

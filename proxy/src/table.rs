@@ -17,6 +17,7 @@ use std::{
 
 use dashmap::DashMap;
 use jiff::Timestamp;
+use rustls::pki_types::ServerName;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use weir_control::{
@@ -324,9 +325,15 @@ fn tell_instances(deployed: &Deployed, instances: &[Instance], cancel_timeout: D
         let Some(address) = instance.address else {
             continue;
         };
+        let name = instance.server_name.clone().map(ServerName::try_from);
+        // Its agent has read it as a name already; never without TLS where it is asked for.
+        let Ok(name) = name.transpose() else {
+            continue;
+        };
         let backend = Arc::new(Backend {
             instance: instance.id,
             address,
+            name,
             capacity: instance.capacity,
             draining: instance.state == InstanceState::Draining,
             started: instance.spawned_at,
@@ -340,7 +347,8 @@ fn tell_instances(deployed: &Deployed, instances: &[Instance], cancel_timeout: D
                 let known = told.instances.get(&instance.id);
                 if known.is_none_or(|known| **known != *backend) {
                     if known.is_some_and(|known| {
-                        (known.address, known.started) != (backend.address, backend.started)
+                        (known.address, &known.name, known.started)
+                            != (backend.address, &backend.name, backend.started)
                     }) {
                         // Restarted: connections to the old process are of no use.
                         deployed.queue.remove_instance(key);
@@ -436,6 +444,7 @@ mod tests {
             node: "local".into(),
             state: InstanceState::Ready,
             address: Some(([127, 0, 0, 1], 1).into()),
+            server_name: None,
             capacity: 1,
             pid: None,
             created_at: now,

@@ -16,7 +16,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -24,13 +24,16 @@ use hyper::{Request, Response, body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use metrics::Counter;
+use rustls::pki_types::ServerName;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
-    net::TcpStream,
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::oneshot,
     time::{Instant, timeout},
 };
-use weir_control::model::InstanceId;
+use weir_control::{
+    dial::{self, DialError, Link, Trust},
+    model::InstanceId,
+};
 use weir_queue::Slot;
 
 use crate::body::{Outgoing, Progress};
@@ -45,6 +48,8 @@ const CLOSING: Duration = Duration::from_secs(5);
 pub struct Backend {
     pub instance: InstanceId,
     pub address: SocketAddr,
+    /// What its certificate has to be for, where it is called over TLS.
+    pub name: Option<ServerName<'static>>,
     pub capacity: u32,
     pub draining: bool,
     /// When its process started: another one at the same address is another one.
@@ -112,6 +117,7 @@ pub async fn send(
     mut slot: InstanceSlot,
     mut request: Request<Outgoing>,
     times: Times,
+    trust: &Trust,
     cancel_timeouts: &Counter,
 ) -> Result<(Response<Incoming>, Exchange), Failure> {
     loop {
@@ -124,7 +130,7 @@ pub async fn send(
                 }
             }
             Some(_) => continue,
-            None => match connect(slot.target().address, times.connect).await {
+            None => match connect(slot.target(), trust, times.connect).await {
                 Ok(connection) => (connection, false),
                 Err(Unconnected::Short(error)) => return Err(Failure::Short(error)),
                 Err(Unconnected::Refused) => {
@@ -165,13 +171,16 @@ enum Unconnected {
     Short(std::io::Error),
 }
 
-async fn connect(address: SocketAddr, limit: Duration) -> Result<Connection, Unconnected> {
-    let stream = match timeout(limit, TcpStream::connect(address)).await {
+async fn connect(to: &Backend, trust: &Trust, limit: Duration) -> Result<Connection, Unconnected> {
+    let tls = to.name.as_ref().map(|name| (trust, name));
+    let stream = match timeout(limit, dial::connect(to.address, tls)).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) if is_own_shortage(&error) => return Err(Unconnected::Short(error)),
+        Ok(Err(DialError::Connect(error))) if is_own_shortage(&error) => {
+            return Err(Unconnected::Short(error));
+        }
+        // What is wrong with its TLS, its health check tells.
         Ok(Err(_)) | Err(_) => return Err(Unconnected::Refused),
     };
-    _ = stream.set_nodelay(true);
     let blocked = Arc::new(AtomicBool::new(false));
     let stream = Noting {
         stream,
@@ -205,16 +214,17 @@ fn is_own_shortage(error: &std::io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| short.contains(&errno))
 }
 
-/// A socket that notes whether what was written waits.
+/// A connection that notes whether what was written waits. TLS takes more than the socket does, and a flush waits then.
 #[derive(Debug)]
 struct Noting {
-    stream: TcpStream,
+    stream: Link,
     blocked: Arc<AtomicBool>,
 }
 
 impl Noting {
     fn noted<T>(&self, written: Poll<T>) -> Poll<T> {
-        self.blocked.store(written.is_pending(), Ordering::Release);
+        let waits = written.is_pending() || self.stream.holds_back();
+        self.blocked.store(waits, Ordering::Release);
         written
     }
 }
@@ -250,7 +260,8 @@ impl AsyncWrite for Noting {
         true
     }
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        self.noted(flushed)
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
@@ -282,19 +293,13 @@ async fn drive(
     // From here on a slot that comes is held until this task ends.
     let mut stream = connection.into_parts().io.into_inner().stream;
     let limit = |a: &Abandoned| a.slot.target().cancel_timeout;
-    let closing = async {
-        _ = stream.shutdown().await;
-        let mut sink = [0_u8; 4096];
-        while let Ok(1..) = stream.read(&mut sink).await {}
-    };
-    let mut closing = std::pin::pin!(closing);
     let (held, closed) = match early {
         Some(held) => {
-            let closed = timeout(limit(&held), &mut closing).await.is_ok();
+            let closed = timeout(limit(&held), see_off(&mut stream)).await.is_ok();
             (Some(held), closed)
         }
         None => {
-            let closed = timeout(CLOSING, &mut closing).await.is_ok();
+            let closed = timeout(CLOSING, see_off(&mut stream)).await.is_ok();
             (abandoned.try_recv().ok(), closed)
         }
     };
@@ -303,10 +308,29 @@ async fn drive(
             held.cancel_timeouts.increment(1);
         }
         // The instance keeps its side open: break the connection rather than leave it half closed.
-        _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+        _ = socket2::SockRef::from(stream.socket()).set_linger(Some(Duration::ZERO));
     }
     drop(stream);
     drop(held);
+}
+
+/// Shuts the write side down, and reads and drops until the instance closes its side too. Over TLS its side is the
+/// socket's: some libraries answer a close_notify by themselves, whatever goes on above them. What comes is read
+/// meanwhile and not decrypted, since what is still to be written may wait for an instance that writes.
+async fn see_off(stream: &mut Link) {
+    let mut shut = false;
+    let mut sink = [0_u8; 4096];
+    std::future::poll_fn(|cx| {
+        shut = shut || Pin::new(&mut *stream).poll_shutdown(cx).is_ready();
+        loop {
+            let mut dropped = ReadBuf::new(&mut sink);
+            match ready!(Pin::new(stream.socket_mut()).poll_read(cx, &mut dropped)) {
+                Ok(()) if !dropped.filled().is_empty() => {}
+                Ok(()) | Err(_) => return Poll::Ready(()),
+            }
+        }
+    })
+    .await;
 }
 
 impl Exchange {

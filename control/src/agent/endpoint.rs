@@ -5,6 +5,7 @@ use std::{
     ops::RangeInclusive,
 };
 
+use rustls::pki_types::ServerName;
 use tokio::time::{Instant, sleep};
 
 use super::{
@@ -16,7 +17,7 @@ use super::{
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum EndpointError {
-    #[error("'{0}' is not an endpoint such as http://host:port")]
+    #[error("'{0}' is not an endpoint such as http://host:port or https://host:port")]
     Malformed(String),
     #[error("cannot resolve '{0}': {1}")]
     Resolve(String, std::io::Error),
@@ -36,11 +37,28 @@ pub(super) enum EndpointError {
     Instances(String, SocketAddr),
 }
 
-/// Host as written, and port.
-fn parse(endpoint: &str) -> Result<(String, Option<u16>), EndpointError> {
+#[derive(Debug, PartialEq, Eq)]
+struct Parsed {
+    /// As written.
+    host: String,
+    port: Option<u16>,
+    /// Of the certificate, over TLS.
+    name: Option<ServerName<'static>>,
+}
+
+fn bare(host: &str) -> &str {
+    host.trim_start_matches('[').trim_end_matches(']')
+}
+
+fn parse(endpoint: &str) -> Result<Parsed, EndpointError> {
     let wrong = || EndpointError::Malformed(endpoint.to_owned());
     let uri: http::Uri = endpoint.parse().map_err(|_| wrong())?;
-    let plain = uri.scheme_str() == Some("http") && matches!(uri.path(), "" | "/");
+    let secure = match uri.scheme_str() {
+        Some("http") => false,
+        Some("https") => true,
+        _ => return Err(wrong()),
+    };
+    let plain = matches!(uri.path(), "" | "/");
     let authority = uri.authority().filter(|a| !a.as_str().contains('@'));
     let authority = authority.ok_or_else(wrong)?;
     if !plain || uri.query().is_some() || authority.host().is_empty() {
@@ -51,7 +69,12 @@ fn parse(endpoint: &str) -> Result<(String, Option<u16>), EndpointError> {
     if port.is_none() && authority.as_str() != authority.host() {
         return Err(wrong());
     }
-    Ok((authority.host().to_owned(), port))
+    let host = authority.host().to_owned();
+    let name = match secure {
+        true => Some(ServerName::try_from(bare(&host).to_owned()).map_err(|_| wrong())?),
+        false => None,
+    };
+    Ok(Parsed { host, port, name })
 }
 
 fn link_local(ip: IpAddr) -> bool {
@@ -93,7 +116,7 @@ pub(crate) fn forbidden(
     ports: &[u16],
     listeners: &[SocketAddr],
 ) -> Option<&'static str> {
-    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let host = bare(host);
     let host = host.strip_suffix('.').unwrap_or(host);
     let last = host.rsplit('.').next().unwrap_or_default();
     let local = last.eq_ignore_ascii_case("localhost");
@@ -135,14 +158,11 @@ async fn resolve(
     assignment: &Assignment,
     node: &Node,
 ) -> Result<Target, EndpointError> {
-    let (host, port) = parse(endpoint)?;
+    let Parsed { host, port, name } = parse(endpoint)?;
     let version = &assignment.version;
-    let port = port.or(version.inference_port).unwrap_or(80);
-    let bare = host
-        .trim_start_matches('[')
-        .trim_end_matches(']')
-        .to_owned();
-    let found = tokio::net::lookup_host((bare, port))
+    let usual = if name.is_some() { 443 } else { 80 };
+    let port = port.or(version.inference_port).unwrap_or(usual);
+    let found = tokio::net::lookup_host((bare(&host), port))
         .await
         .map_err(|e| EndpointError::Resolve(endpoint.to_owned(), e))?;
     let mut first = None;
@@ -165,14 +185,20 @@ async fn resolve(
         }
     }
     let (address, health) = first.ok_or_else(|| EndpointError::NoAddress(endpoint.to_owned()))?;
+    let check = Check::new(&version.health, health, format!("{host}:{}", health.port()));
     Ok(Target {
         address,
-        check: Check::new(&version.health, health, format!("{host}:{}", health.port())),
+        check: match name.clone() {
+            Some(name) => check.over_tls(node.trust.clone(), name),
+            None => check,
+        },
+        name,
     })
 }
 
 struct Target {
     address: SocketAddr,
+    name: Option<ServerName<'static>>,
     check: Check,
 }
 
@@ -199,6 +225,7 @@ pub(super) async fn supervise(
             Ok(target) => target,
             Err(error) => {
                 record.instance.address = None;
+                record.instance.server_name = None;
                 record.error(Why::hidden("its endpoint can't be used", error.to_string()));
                 failures += 1;
                 let pause = sleep(backoff(failures + 1));
@@ -219,6 +246,7 @@ pub(super) async fn supervise(
         };
         failures = 0;
         record.instance.address = Some(target.address);
+        record.instance.server_name = target.name.as_ref().map(|name| name.to_str().into_owned());
         record.tell();
         if become_ready(record, orders, &target.check).await.is_none()
             || stay_ready(record, orders, &target.check).await.is_none()
@@ -289,11 +317,24 @@ mod tests {
 
     #[test]
     fn endpoints_are_parsed() {
-        assert_eq!(parse("http://a.b:81").unwrap(), ("a.b".into(), Some(81)));
-        assert_eq!(parse("http://[::1]/").unwrap(), ("[::1]".into(), None));
+        let parsed = |endpoint: &str| {
+            let Parsed { host, port, name } = parse(endpoint).unwrap();
+            let name = name.map(|name| name.to_str().into_owned());
+            (host, port, name.unwrap_or_default())
+        };
+        for (endpoint, host, port, name) in [
+            ("http://a.b:81", "a.b", Some(81), ""),
+            ("http://[::1]/", "[::1]", None, ""),
+            ("https://a.b", "a.b", None, "a.b"),
+            ("https://[::1]:82", "[::1]", Some(82), "::1"),
+            ("https://10.0.0.5:82/", "10.0.0.5", Some(82), "10.0.0.5"),
+        ] {
+            assert_eq!(parsed(endpoint), (host.into(), port, name.into()));
+        }
         for wrong in [
             "a:80",
-            "https://a",
+            "https://",
+            "https://-",
             "http://a/b",
             "http://u@a",
             "http://a:",

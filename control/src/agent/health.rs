@@ -8,12 +8,13 @@ use bytes::Bytes;
 use http::{Request, StatusCode, header};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::rt::TokioIo;
-use tokio::{
-    net::TcpStream,
-    time::{Instant, sleep_until, timeout},
-};
+use rustls::pki_types::ServerName;
+use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::model::Health;
+use crate::{
+    dial::{DialError, Trust, connect},
+    model::Health,
+};
 
 /// In flight at a time while an instance starts.
 const OVERLAP: usize = 6;
@@ -38,6 +39,9 @@ pub(super) enum ProbeError {
     Status(u16, u16),
     #[error("timed out after {0:?}")]
     TimedOut(Duration),
+    /// Over TLS; says all by itself.
+    #[error("{0}")]
+    Tls(String),
     #[error("no HTTP answer: {0}")]
     Http(String),
     #[error("the health check is not a valid request: {0}")]
@@ -49,6 +53,7 @@ pub(super) enum ProbeError {
 pub(super) struct Check {
     pub(super) address: SocketAddr,
     host: String,
+    tls: Option<(Trust, ServerName<'static>)>,
     uri: String,
     expected: u16,
     timeout: Duration,
@@ -57,7 +62,8 @@ pub(super) struct Check {
 /// Where it asks, and what it hopes for.
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "http://{}{}", self.host, self.uri)
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        write!(f, "{scheme}://{}{}", self.host, self.uri)
     }
 }
 
@@ -68,6 +74,7 @@ impl Check {
         Self {
             address,
             host,
+            tls: None,
             uri: match health.uri.starts_with('/') {
                 true => health.uri.clone(),
                 false => format!("/{}", health.uri),
@@ -79,6 +86,13 @@ impl Check {
                 .min(Health::MAX_TIMEOUT)
                 .0
                 .max(Duration::from_millis(1)),
+        }
+    }
+
+    pub(super) fn over_tls(self, trust: Trust, name: ServerName<'static>) -> Self {
+        Self {
+            tls: Some((trust, name)),
+            ..self
         }
     }
 
@@ -98,13 +112,14 @@ impl Check {
             .header(header::CONNECTION, "close")
             .body(Empty::<Bytes>::new())
             .map_err(|e| ProbeError::Request(e.to_string()))?;
-        let stream = TcpStream::connect(self.address).await.map_err(|e| {
-            match e.kind() == std::io::ErrorKind::ConnectionRefused {
-                true => ProbeError::Refused,
-                false => ProbeError::Connect(e.to_string()),
+        let tls = self.tls.as_ref().map(|(trust, name)| (trust, name));
+        let stream = connect(self.address, tls).await.map_err(|e| match e {
+            DialError::Connect(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
+                ProbeError::Refused
             }
+            DialError::Connect(e) => ProbeError::Connect(e.to_string()),
+            DialError::Tls(why) => ProbeError::Tls(why),
         })?;
-        drop(stream.set_nodelay(true));
         let http = |e: hyper::Error| ProbeError::Http(e.to_string());
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await

@@ -62,6 +62,7 @@ impl Record {
                 node: node.to_owned(),
                 state: InstanceState::Starting,
                 address: None,
+                server_name: None,
                 capacity: 1,
                 pid: None,
                 created_at: Timestamp::now(),

@@ -63,6 +63,7 @@ fn config(dir: &Path) -> AgentConfig {
         open_files: None,
         gpus: crate::gpu::parse_declared("H100:1").unwrap(),
         forbidden: vec!["0.0.0.0:9".parse().unwrap()],
+        trust: crate::dial::Trust::default(),
         kill_after: Duration::from_millis(500),
     }
 }
@@ -827,6 +828,7 @@ async fn endpoints_that_must_not_be_named_are_refused() {
         ("http://127.0.0.1:20001", "this machine's own instances"),
         // Asked for its health there.
         ("http://127.0.0.1:7", "127.0.0.1:29999 is among the ports"),
+        ("https://127.0.0.1:9", "Weir's own listeners"),
         ("ftp://x", "not an endpoint"),
     ] {
         let mut a = endpoint(url.to_owned());

@@ -129,7 +129,7 @@ pub(crate) struct CreateFunctionRequest {
     health: Option<HealthRequest>,
     /// The process that is an instance; needs the scope `register_process`. Either this or `endpoints`.
     process: Option<ProcessSpec>,
-    /// Running servers, `http://host:port`, each one an instance; needs the scope `register_endpoints`.
+    /// Running servers, `http://host:port` or `https://host[:443]`, each one an instance; needs the scope `register_endpoints`.
     endpoints: Option<Vec<String>>,
     /// At most 64, each 1 to 128 of letters, digits, `-_:=`. Default: none.
     #[serde(default)]
@@ -503,18 +503,26 @@ fn checked_endpoints(
         let uri: http::Uri = endpoint
             .parse()
             .map_err(|_| wrong("is not a URL such as http://10.0.0.5:8000"))?;
-        if uri.scheme_str() != Some("http") {
-            return Err(wrong(
-                "has to start with http://: no other scheme is spoken to instances",
-            ));
-        }
+        let scheme = uri.scheme_str().unwrap_or_default();
+        let usual = match scheme {
+            "http" => None,
+            "https" => Some(443),
+            _ => {
+                return Err(wrong(
+                    "has to start with http:// or https://: nothing else is spoken to instances",
+                ));
+            }
+        };
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() || endpoint.contains(['@', '#'])
         {
             return Err(wrong(
                 "may hold a host and a port only, such as http://10.0.0.5:8000",
             ));
         }
-        let (Some(host), Some(port)) = (uri.host(), uri.port_u16().filter(|p| *p > 0)) else {
+        // What follows the host is a port, or it is nothing.
+        let bare = uri.authority().map(http::uri::Authority::as_str) == uri.host();
+        let port = uri.port_u16().or(usual.filter(|_| bare));
+        let (Some(host), Some(port)) = (uri.host(), port.filter(|p| *p > 0)) else {
             return Err(wrong(
                 "needs a host and a port, such as http://10.0.0.5:8000",
             ));
@@ -545,7 +553,7 @@ fn checked_endpoints(
                 )));
             }
         }
-        let clean = format!("http://{host}:{port}");
+        let clean = format!("{scheme}://{host}:{port}");
         if !seen.insert(clean.clone()) {
             return Err(wrong("is there twice: each one is an instance of its own"));
         }

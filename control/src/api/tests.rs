@@ -448,13 +448,15 @@ async fn a_wrong_function_is_refused_with_the_reason() {
     let endpoints = |all: Value| json!({"name": "e", "inferenceUrl": "/", "endpoints": all});
     for (all, says) in [
         (json!([]), "at least one"),
-        (json!(["https://a:1"]), "http://"),
+        (json!(["ftp://a:1"]), "https://"),
+        (json!(["https://169.254.169.254"]), "link-local"),
         (json!(["http://169.254.169.254:80"]), "link-local"),
         (json!(["http://[fe80::1]:80"]), "link-local"),
         (json!(["http://[::ffff:169.254.1.1]:80"]), "link-local"),
         (json!(["http://a"]), "port"),
         (json!(["http://[ffaaec062e]:80"]), "IPv6"),
         (json!(["http://a:1", "http://A:1/"]), "twice"),
+        (json!(["https://a", "https://a:443/"]), "twice"),
         (json!(["http://u@a:1"]), "host and a port only"),
     ] {
         weir.post("/v2/nvcf/functions", endpoints(all))
@@ -994,6 +996,7 @@ async fn what_runs_is_shown() {
         node: "local".into(),
         state: InstanceState::Ready,
         address: None,
+        server_name: None,
         capacity: 1,
         pid: None,
         created_at: Timestamp::now(),

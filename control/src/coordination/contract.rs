@@ -56,6 +56,7 @@ fn instance(state: InstanceState, capacity: u32) -> Instance {
         node: "here".into(),
         state,
         address: Some("127.0.0.1:20000".parse().unwrap()),
+        server_name: None,
         capacity,
         pid: Some(7),
         created_at: Timestamp::UNIX_EPOCH,

@@ -81,7 +81,7 @@ struct FunctionSpec {
     /// The whole body, JSON or YAML (- for standard input); the other flags replace its members
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// A server that runs already, http://host:port (may be given again)
+    /// A server that runs already, http://host:port or https://host:port (may be given again)
     #[arg(long, value_name = "URL", conflicts_with = "command")]
     endpoint: Vec<String>,
     /// Path that is called where the caller names none [default: /]

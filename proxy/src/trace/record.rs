@@ -21,6 +21,8 @@ pub struct Record {
     pub span: SpanId,
     pub request_id: Uuid,
     pub peer: IpAddr,
+    /// `http` or `https`, as the caller used it.
+    pub scheme: &'static str,
     pub method: &'static str,
     pub protocol: http::Version,
     /// The same moment, by both clocks.
@@ -69,6 +71,8 @@ pub struct Attempt {
     pub span: SpanId,
     pub instance: InstanceId,
     pub address: SocketAddr,
+    /// Over TLS.
+    pub secure: bool,
     pub from: Instant,
     /// Absent where the request ended before the instance was done.
     pub to: Option<Instant>,
@@ -91,8 +95,7 @@ impl Record {
     pub fn attempt(
         &mut self,
         span: SpanId,
-        instance: InstanceId,
-        address: SocketAddr,
+        (instance, address, secure): (InstanceId, SocketAddr, bool),
         started: Option<(Timestamp, Timestamp)>,
     ) {
         let now = Instant::now();
@@ -117,6 +120,7 @@ impl Record {
             span,
             instance,
             address,
+            secure,
             from: now,
             to: None,
             status: None,

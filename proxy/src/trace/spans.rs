@@ -61,7 +61,7 @@ impl Maker<'_> {
         let mut attributes = vec![
             pair("http.request.method", record.method),
             pair("http.response.status_code", i64::from(record.status)),
-            pair("url.scheme", "http"),
+            pair("url.scheme", record.scheme),
             pair("network.protocol.name", "http"),
             pair("network.protocol.version", protocol(record.protocol)),
             pair("client.address", record.peer.to_string()),
@@ -144,7 +144,7 @@ impl Maker<'_> {
             pair("network.peer.port", i64::from(attempt.address.port())),
             pair("network.protocol.name", "http"),
             pair("network.protocol.version", "1.1"),
-            pair("url.scheme", "http"),
+            pair("url.scheme", if attempt.secure { "https" } else { "http" }),
             pair("weir.instance.id", attempt.instance.to_string()),
             pair("weir.connect.failed", attempt.refused),
         ];

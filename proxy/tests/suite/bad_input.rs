@@ -349,15 +349,17 @@ async fn endpoints_name_neither_link_local_addresses_nor_weir_itself() {
         )
         .await;
     }
-    let https = endpoints("https://10.0.0.5:80".to_owned());
-    refuses(
-        &server,
-        Method::POST,
-        FUNCTIONS,
-        &https,
-        &["has to start with http://"],
-    )
-    .await;
+    for (endpoint, word) in [
+        (
+            "ftp://10.0.0.5:80".to_owned(),
+            "has to start with http:// or https://",
+        ),
+        ("https://169.254.169.254".to_owned(), "link-local"),
+        (format!("https://localhost:{admin}"), "Weir's own listener"),
+    ] {
+        let body = endpoints(endpoint);
+        refuses(&server, Method::POST, FUNCTIONS, &body, &[word]).await;
+    }
     let mut check = endpoints("http://127.0.0.1:9".to_owned());
     check["health"] = function()["health"].take();
     check["health"]["port"] = json!(admin);

@@ -29,5 +29,6 @@ mod stopping;
 mod storm;
 mod support;
 mod tls;
+mod tls_instances;
 mod traces;
 mod waiting;
