@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
+use crate::https;
 use crate::tally::Answered;
 
 /// A change reaches the proxies' tables a moment after it is acknowledged.
@@ -50,6 +51,9 @@ pub struct TargetArgs {
         default_value = ".weir"
     )]
     pub data_dir: PathBuf,
+    /// PEM file with certificates of authorities to trust beside the system's, where a URL is https
+    #[arg(long, env = "WEIR_CA_FILE", value_name = "FILE")]
+    pub ca_file: Option<PathBuf>,
 }
 
 impl TargetArgs {
@@ -98,7 +102,9 @@ pub(crate) struct Instance {
 impl Client {
     pub(crate) fn new(args: &TargetArgs) -> anyhow::Result<Self> {
         Ok(Self {
-            http: reqwest::Client::builder().no_proxy().build()?,
+            http: https::builder(&[&args.url, &args.admin], args.ca_file.as_deref())?
+                .no_proxy()
+                .build()?,
             url: args.url.trim_end_matches('/').into(),
             admin: args.admin_url.trim_end_matches('/').into(),
             key: args.key(std::env::var("WEIR_ADMIN_KEY").ok()),
@@ -126,6 +132,9 @@ impl Client {
     /// `host:port` of the data plane, for raw connections.
     pub(crate) fn authority(&self) -> anyhow::Result<String> {
         let url = reqwest::Url::parse(&self.url)?;
+        if url.scheme() == "https" {
+            bail!("raw connections are without TLS: give an http:// URL with --url");
+        }
         let host = url.host_str().context("--url has no host")?;
         let port = url.port_or_known_default().context("--url has no port")?;
         Ok(format!("{host}:{port}"))

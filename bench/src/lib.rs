@@ -4,6 +4,7 @@
 //! code with it.
 
 mod client;
+pub mod https;
 pub mod leave;
 pub mod load;
 pub mod memory;

@@ -12,6 +12,7 @@ use anyhow::Context;
 use clap::CommandFactory;
 use jiff::Timestamp;
 use serde_json::{Map, Value};
+use weir_control::dial::{explain, tls_error};
 
 use self::{
     screen::Screen,
@@ -139,6 +140,9 @@ struct Common {
         default_value = ".weir"
     )]
     data_dir: PathBuf,
+    /// PEM file with certificates of authorities to trust beside the system's, where an address is https
+    #[arg(long, env = "WEIR_CA_FILE", global = true, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
     /// How answers are shown
     #[arg(long, global = true, default_value = "table", value_name = "FORMAT")]
     output: Output,
@@ -273,11 +277,17 @@ fn write_whole(bytes: &[u8]) -> anyhow::Result<bool> {
 /// What went wrong, to standard error; whether anybody reads that or not.
 pub fn complain(error: &anyhow::Error) {
     let screen = Screen::stderr();
+    let next = match tls_error(error.as_ref()) {
+        Some(error) => format!("\ntry: {}", explain(error, CA_FILE)),
+        None => String::new(),
+    };
     note(&format!(
-        "{} {error:#}",
+        "{} {error:#}{next}",
         screen.paint(screen::BAD, "error:")
     ));
 }
+
+const CA_FILE: &str = "--ca-file (or WEIR_CA_FILE)";
 
 /// One line to standard error: what goes on, for people.
 fn note(text: &str) {
@@ -384,6 +394,7 @@ mod tests {
             url: String::new(),
             key: Some("weir_flag".into()),
             data_dir: dir.path().into(),
+            ca_file: None,
             output: Output::Table,
         };
         let key = || common.key().unwrap();

@@ -116,6 +116,7 @@ impl FakeWeir {
             admin_url: self.url.clone(),
             key: Some("secret".into()),
             data_dir: ".".into(),
+            ca_file: None,
         }
     }
 

@@ -7,9 +7,13 @@ use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 use uuid::Uuid;
-use weir_control::model::Instance;
+use weir_bench::https;
+use weir_control::{
+    dial::{explain, tls_error},
+    model::Instance,
+};
 
-use super::{Common, id::Id};
+use super::{CA_FILE, Common, id::Id};
 use crate::args::distance;
 
 pub(super) struct Client {
@@ -139,9 +143,11 @@ pub(super) fn is_not_found(error: &anyhow::Error) -> bool {
         .is_some_and(|p| p.status == StatusCode::NOT_FOUND)
 }
 
-pub(super) fn http() -> anyhow::Result<reqwest::ClientBuilder> {
+pub(super) fn http(common: &Common) -> anyhow::Result<reqwest::ClientBuilder> {
+    let urls = [common.admin_url.as_str(), common.url.as_str()];
     // Weir is named by its own address; a proxy from the environment is for the internet.
-    Ok(reqwest::Client::builder()
+    Ok(https::builder(&urls, common.ca_file.as_deref())
+        .context("--ca-file")?
         .no_proxy()
         .connect_timeout(Duration::from_secs(5)))
 }
@@ -175,6 +181,13 @@ impl Listener {
                     "give one such as http://127.0.0.1:8081 with {flag} or {variable}"
                 )),
             )
+        } else if let Some(error) = tls_error(error) {
+            return Unreachable {
+                what: format!("no TLS with the {name} {url}"),
+                cause: explain(error, CA_FILE),
+                next: None,
+            }
+            .into();
         } else if error.is_connect() {
             (
                 format!("can't connect to the {name} {url}"),
@@ -199,7 +212,7 @@ impl Listener {
 impl Client {
     pub(super) fn new(common: &Common) -> anyhow::Result<Self> {
         Ok(Self {
-            http: http()?.timeout(Duration::from_secs(60)).build()?,
+            http: http(common)?.timeout(Duration::from_secs(60)).build()?,
             admin: common.admin_url.trim_end_matches('/').to_owned(),
             key: common.key(),
             key_file: common.data_dir.join("admin.key").display().to_string(),
@@ -574,7 +587,7 @@ mod tests {
     #[tokio::test]
     async fn a_refused_connection_asks_whether_it_runs() {
         let client = Client {
-            http: http().unwrap().build().unwrap(),
+            http: reqwest::Client::builder().no_proxy().build().unwrap(),
             admin: "http://127.0.0.1:1".into(),
             key: None,
             key_file: String::new(),

@@ -137,7 +137,7 @@ impl Invoke {
             None => Method::GET,
         });
         let base = self.common.url.trim_end_matches('/');
-        let mut request = api::http()?
+        let mut request = api::http(&self.common)?
             .build()?
             .request(method, format!("{base}{path}"));
         if let Some((key, _)) = self.common.key() {

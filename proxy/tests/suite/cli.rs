@@ -17,14 +17,14 @@ use tokio::process::Command;
 use crate::support::{Server, WEIR, text};
 
 /// A command line, and what became of it.
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
+pub(crate) struct Ran {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Ran {
-    fn of(output: Output) -> Self {
+    pub(crate) fn of(output: Output) -> Self {
         Self {
             code: output.status.code().expect("an exit code, not a signal"),
             out: String::from_utf8(output.stdout).unwrap(),
@@ -38,7 +38,7 @@ impl Ran {
     }
 
     /// Asserts that it failed, saying all of this.
-    fn failed(&self, parts: &[&str]) {
+    pub(crate) fn failed(&self, parts: &[&str]) {
         assert_eq!(self.code, 1, "{}{}", self.out, self.err);
         for part in parts {
             assert!(self.err.contains(part), "{part:?} in: {}", self.err);
@@ -46,7 +46,7 @@ impl Ran {
     }
 }
 
-fn command(words: &[&str]) -> Command {
+pub(crate) fn command(words: &[&str]) -> Command {
     let mut command = Command::new(WEIR);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("WEIR_") {

@@ -1,4 +1,4 @@
-//! Instances that are called over TLS, with an
+//! Instances and servers that are called over TLS, with an
 //! authority of the test's own.
 
 use std::{
@@ -24,8 +24,9 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
+    cli::{Ran, command},
     collector::Collector,
-    support::{Function, SOON, Server, answered, definition, eventually, header, text},
+    support::{Function, SOON, Server, WEIR, answered, definition, eventually, header, text},
 };
 
 /// An authority whose certificate is in a file.
@@ -331,4 +332,81 @@ async fn told(server: &Server, url: &str, says: &str) {
     })
     .await;
     assert!(why.contains(says) && why.contains(url), "{says}: {why}");
+}
+
+#[tokio::test]
+async fn commands_speak_tls_with_the_authority_they_are_given() {
+    let authority = Authority::new();
+    let (certificate, key) = authority.certificate("127.0.0.1", 2999);
+    let (certificate_file, key_file) = (authority.path("own.pem"), authority.path("own.key"));
+    fs::write(&certificate_file, certificate.pem()).unwrap();
+    fs::write(&key_file, key.serialize_pem()).unwrap();
+    let (c, k) = (
+        certificate_file.to_str().unwrap(),
+        key_file.to_str().unwrap(),
+    );
+    let flags = [
+        "--tls-cert",
+        c,
+        "--tls-key",
+        k,
+        "--admin-tls-cert",
+        c,
+        "--admin-tls-key",
+        k,
+    ];
+    let server = Server::with(&flags);
+    let run = async |words: &[&str]| {
+        let mut command = command(words);
+        command
+            .env("WEIR_ADMIN_URL", format!("https://{}", server.admin))
+            .env("WEIR_URL", format!("https://{}", server.data))
+            .env("WEIR_DATA_DIR", server.directory());
+        Ran::of(command.output().await.unwrap())
+    };
+    let ca = authority.file();
+    let create = [
+        "function",
+        "create",
+        "f",
+        "--ca-file",
+        &ca,
+        "--inference-url",
+        "/infer",
+    ];
+    let sample = ["--", WEIR, "sample-function"];
+    let created = run(&[&create[..], &sample].concat()).await;
+    assert_eq!(created.code, 0, "{}", created.err);
+    let deployed = run(&["deploy", "create", "f", "--ca-file", &ca]).await;
+    assert_eq!(deployed.code, 0, "{}", deployed.err);
+    let status = run(&["status", "--once", "--ca-file", &ca]).await;
+    assert_eq!(status.code, 0, "{}", status.err);
+    assert!(status.out.contains("ACTIVE"), "{}", status.out);
+    let called = run(&["invoke", "f", "--path", "/infer", "--ca-file", &ca]).await;
+    assert_eq!(called.code, 0, "{}", called.err);
+
+    let id = "00000000-0000-4000-8000-000000000000";
+    let bench = [
+        "bench",
+        "load",
+        "--rate",
+        "1",
+        "--duration",
+        "PT1S",
+        "--url",
+        &format!("https://{}", server.data),
+        "--admin",
+        &format!("https://{}", server.admin),
+    ];
+    for words in [
+        &["status", "--once"][..],
+        &["invoke", id, "--version", id],
+        &bench,
+    ] {
+        run(words).await.failed(&["not trusted", "--ca-file"]);
+    }
+    let nothing = run(&["status", "--once", "--ca-file", k]).await;
+    nothing.failed(&["--ca-file", "holds no certificate"]);
+    let missing = run(&["status", "--once", "--ca-file", "/no/such"]).await;
+    missing.failed(&["--ca-file", "/no/such"]);
 }

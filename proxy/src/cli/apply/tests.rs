@@ -98,6 +98,7 @@ async fn a_file_is_applied_changed_and_pruned() {
                 url: String::new(),
                 key: Some("weir_k".into()),
                 data_dir: dir.path().into(),
+                ca_file: None,
                 output: Output::Table,
             },
             file: file.clone(),
