@@ -6,6 +6,7 @@
 //! is full. So a collector that is slow or away costs traces and nothing else.
 
 use std::{
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -14,13 +15,15 @@ use anyhow::Context as _;
 use http::Uri;
 use metrics::Counter;
 use opentelemetry::{InstrumentationScope, Key, KeyValue};
-use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::{Resource, error::OTelSdkResult, trace::SpanExporter as _};
 use tokio::{
     runtime,
     sync::{mpsc, watch},
     time::sleep,
 };
+
+use weir_bench::https;
 
 use super::{Record, spans::spans};
 
@@ -32,6 +35,9 @@ const BATCH: usize = 256;
 const GATHER: Duration = Duration::from_millis(500);
 /// A collector that takes nothing is worth a line, but not one for every batch.
 const WARN_EVERY: Duration = Duration::from_secs(60);
+
+/// OpenTelemetry's default.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) struct Exporter {
     records: mpsc::Sender<Box<Record>>,
@@ -51,6 +57,7 @@ impl Exporter {
             SpanExporter::builder()
                 .with_http()
                 .with_endpoint(endpoint)
+                .with_http_client(client(endpoint)?)
                 .build()
                 .context("the exporter of traces")?
         };
@@ -86,6 +93,30 @@ impl Exporter {
         // The thread's end closes the channel.
         self.records.closed().await;
     }
+}
+
+/// The library's own would not know `OTEL_EXPORTER_OTLP_CERTIFICATE`. Each attempt has the time that the library gives
+/// to all of them.
+fn client(endpoint: &str) -> anyhow::Result<reqwest::Client> {
+    let told = |names: [&'static str; 2]| {
+        let mut set = names.into_iter().map(|name| (name, std::env::var(name)));
+        set.find_map(|(name, value)| Some((name, value.ok().filter(|v| !v.is_empty())?)))
+    };
+    let certificate = told([
+        "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
+        "OTEL_EXPORTER_OTLP_CERTIFICATE",
+    ]);
+    let (variable, file) = certificate.unzip();
+    let timeout = told([
+        "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
+        "OTEL_EXPORTER_OTLP_TIMEOUT",
+    ]);
+    let timeout = timeout.and_then(|(_, milliseconds)| milliseconds.parse().ok());
+    https::builder(&[endpoint], file.as_deref().map(Path::new))
+        .context(variable.unwrap_or_default())?
+        .timeout(timeout.map_or(TIMEOUT, Duration::from_millis))
+        .build()
+        .context("the client for the collector of traces")
 }
 
 async fn run(
@@ -181,7 +212,7 @@ fn resource() -> Resource {
 pub fn endpoint(given: &str, whole: bool) -> Result<String, String> {
     let uri: Uri = given.parse().map_err(|_| "it is no URL".to_owned())?;
     let Some(authority) = uri.authority() else {
-        return Err("it must begin with http:// and a host".into());
+        return Err("it must begin with http:// or https:// and a host".into());
     };
     if authority.as_str().contains('@') {
         return Err(
@@ -189,10 +220,8 @@ pub fn endpoint(given: &str, whole: bool) -> Result<String, String> {
         );
     }
     match uri.scheme_str() {
-        Some("http") => {}
-        // The client is built without TLS.
-        Some("https") => return Err("https is not supported yet".into()),
-        _ => return Err("it must begin with http://".into()),
+        Some("http" | "https") => {}
+        _ => return Err("it must begin with http:// or https://".into()),
     }
     if whole {
         return Ok(given.to_owned());
@@ -231,7 +260,7 @@ mod tests {
             "collector:4318",
             "/v1/traces",
             "ftp://collector",
-            "https://collector",
+            "https://collector?secret",
             "http://collector?secret",
             "http://user:secret@collector",
             "http://coll ector/secret",

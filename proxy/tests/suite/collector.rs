@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     sync::{Arc, Mutex},
 };
 
@@ -13,14 +12,15 @@ use opentelemetry_proto::tonic::{
 };
 use prost::Message;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpListener,
 };
+use tokio_rustls::TlsAcceptor;
 
 use crate::support::{SOON, eventually};
 
 pub(crate) struct Collector {
-    address: SocketAddr,
+    url: String,
     kept: Arc<Mutex<Kept>>,
 }
 
@@ -58,21 +58,43 @@ impl Span {
 
 impl Collector {
     pub(crate) async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let kept: Arc<Mutex<Kept>> = Arc::default();
-        let keeps = kept.clone();
+        let (this, listener) = Self::listening("http").await;
+        let kept = this.kept.clone();
         tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                tokio::spawn(serve(stream, keeps.clone()));
+                tokio::spawn(serve(stream, kept.clone()));
             }
         });
-        Self { address, kept }
+        this
+    }
+
+    /// One that speaks TLS only, as `localhost`.
+    pub(crate) async fn over_tls(acceptor: TlsAcceptor) -> Self {
+        let (this, listener) = Self::listening("https").await;
+        let kept = this.kept.clone();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (accepting, kept) = (acceptor.accept(stream), kept.clone());
+                tokio::spawn(async move { serve(accepting.await?, kept).await });
+            }
+        });
+        this
+    }
+
+    async fn listening(scheme: &str) -> (Self, TcpListener) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let this = Self {
+            url: format!("{scheme}://localhost:{port}"),
+            kept: Arc::default(),
+        };
+        (this, listener)
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("http://{}", self.address)
+        self.url.clone()
     }
 
     pub(crate) fn spans(&self) -> Vec<Span> {
@@ -105,7 +127,10 @@ impl Collector {
     }
 }
 
-async fn serve(mut stream: TcpStream, kept: Arc<Mutex<Kept>>) -> std::io::Result<()> {
+async fn serve(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    kept: Arc<Mutex<Kept>>,
+) -> std::io::Result<()> {
     loop {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {

@@ -1,4 +1,4 @@
-//! Instances and servers that are called over TLS, with an
+//! Instances, collectors and servers that are called over TLS, with an
 //! authority of the test's own.
 
 use std::{
@@ -186,12 +186,15 @@ async fn deployed(server: &Server, url: &str, extra: Value) -> Function {
 }
 
 #[tokio::test]
-async fn an_instance_is_called_over_tls() {
+async fn an_instance_is_called_over_tls_and_its_trace_sent_over_tls() {
     let authority = Authority::new();
-    let collector = Collector::start().await;
+    let collector = Collector::over_tls(authority.acceptor("localhost", 2999)).await;
     let server = Server::with_environment(
         &["--instance-ca", &authority.file(), "--trace-sample", "1"],
-        &[("OTEL_EXPORTER_OTLP_ENDPOINT", &collector.url())],
+        &[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &collector.url()),
+            ("OTEL_EXPORTER_OTLP_CERTIFICATE", &authority.file()),
+        ],
     );
     for name in ["localhost", "127.0.0.1"] {
         let instance = Instance::start(authority.acceptor(name, 2999)).await;
