@@ -102,7 +102,7 @@ pub(crate) struct Instance {
 impl Client {
     pub(crate) fn new(args: &TargetArgs) -> anyhow::Result<Self> {
         Ok(Self {
-            http: https::builder(&[&args.url, &args.admin], args.ca_file.as_deref())?
+            http: https::builder(&[&args.url, &args.admin_url], args.ca_file.as_deref())?
                 .no_proxy()
                 .build()?,
             url: args.url.trim_end_matches('/').into(),

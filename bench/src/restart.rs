@@ -229,6 +229,7 @@ impl Server {
             admin_url: format!("http://{admin}"),
             key: Some(key),
             data_dir: directory.path().join("data"),
+            ca_file: None,
         })?;
         Ok(Self {
             command,
