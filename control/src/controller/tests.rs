@@ -158,6 +158,7 @@ impl Rig {
                 forbidden: Vec::new(),
                 kill_after: SOON,
                 open_files: None,
+                trust: crate::dial::Trust::default(),
             },
             report_sender,
         )
