@@ -7,6 +7,7 @@
 //! connections that idle.
 
 use std::{
+    convert::Infallible,
     future::poll_fn,
     net::{SocketAddr, TcpListener},
     panic::AssertUnwindSafe,
@@ -20,15 +21,19 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::FutureExt;
+use futures_util::{FutureExt, future::BoxFuture};
 use http::{Request, Response, StatusCode};
-use hyper::{body::Incoming, service::service_fn};
+use hyper::{
+    body::Incoming,
+    service::{Service, service_fn},
+};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{mpsc, watch},
     time::{Instant, sleep, timeout},
 };
+use tokio_rustls::server::TlsStream;
 use tokio_util::{either::Either, task::TaskTracker};
 use uuid::Uuid;
 
@@ -41,7 +46,7 @@ use crate::{
     invoke::invoke,
     metrics::Listener,
     refusal::Refusal,
-    socket::{self, Telling},
+    socket::{self, CallerSocket, Telling},
     target::Target,
     tls,
 };
@@ -173,139 +178,155 @@ struct Opened<S> {
     http2: bool,
 }
 
+/// Each stage is boxed, so that a connection that idles holds the memory of what it is and not of all it could be.
 async fn connection_task(core: Arc<Core>, stream: std::net::TcpStream, peer: SocketAddr) {
-    let Ok(stream) = tokio::net::TcpStream::from_std(stream) else {
-        return;
-    };
-    _ = stream.set_nodelay(true);
-    let (mut stream, hang_up) = socket::share(stream);
-    let accepted = Instant::now();
-    let open = async {
-        match &core.tls {
-            Some(_) if hang_up.first_byte().await? != tls::HANDSHAKE => {
-                let http2 = stream.http2_preface().await?;
-                Some((Either::Left(stream), Scheme::HttpOnTls, http2))
-            }
-            Some(tls) => match tls.accept(stream).await {
-                Ok(stream) => {
-                    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-                    Some((Either::Right(stream), Scheme::Https, http2))
-                }
-                Err(_) => {
-                    core.metrics.handshake_failed(Listener::Data);
-                    None
-                }
-            },
-            None => {
-                let http2 = stream.http2_preface().await?;
-                Some((Either::Left(stream), Scheme::Http, http2))
-            }
-        }
-    };
     let mut stopping = core.stopping.clone();
     let opened = tokio::select! {
-        opened = timeout(core.settings.head_timeout, open) => opened,
+        opened = timeout(core.settings.head_timeout, Box::pin(open(&core, stream, peer))) => opened,
         () = async {
             reached(&mut stopping, Stopping::Draining).await;
             sleep(LATE).await;
         } => return,
     };
-    let Ok(Some((stream, scheme, http2))) = opened else {
-        return;
-    };
+    drop(stopping);
     // Two kinds of streams are two kinds of loops, so that neither asks at each read which one it is.
-    match stream {
-        Either::Left(stream) => {
-            let opened = Opened {
-                stream,
-                hang_up,
-                peer,
-                accepted,
-                scheme,
-                http2,
-            };
-            serve_connection(core, opened).await;
-        }
-        Either::Right(stream) => {
-            let opened = Opened {
-                stream,
-                hang_up,
-                peer,
-                accepted,
-                scheme,
-                http2,
-            };
-            serve_connection(core, opened).await;
-        }
+    match opened {
+        Ok(Some(Either::Left(plain))) => serve_connection(core, plain).await,
+        Ok(Some(Either::Right(tls))) => serve_connection(core, tls).await,
+        Ok(None) | Err(_) => {}
     }
 }
 
-async fn serve_connection<S>(core: Arc<Core>, opened: Opened<S>)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let Opened {
+type Plain = Opened<CallerSocket>;
+type Secured = Opened<Box<TlsStream<CallerSocket>>>;
+
+/// Shakes hands where that is asked for, and finds out which protocol it is. `None`: the caller went, or can't.
+async fn open(
+    core: &Core,
+    stream: std::net::TcpStream,
+    peer: SocketAddr,
+) -> Option<Either<Plain, Secured>> {
+    let stream = tokio::net::TcpStream::from_std(stream).ok()?;
+    _ = stream.set_nodelay(true);
+    let (mut stream, hang_up) = socket::share(stream);
+    let accepted = Instant::now();
+    let scheme = match &core.tls {
+        None => Scheme::Http,
+        Some(_) if hang_up.first_byte().await? != tls::HANDSHAKE => Scheme::HttpOnTls,
+        Some(tls) => {
+            let Ok(stream) = tls.accept(stream).await else {
+                core.metrics.handshake_failed(Listener::Data);
+                return None;
+            };
+            let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            return Some(Either::Right(Opened {
+                stream: Box::new(stream),
+                hang_up,
+                peer,
+                accepted,
+                scheme: Scheme::Https,
+                http2,
+            }));
+        }
+    };
+    let http2 = stream.http2_preface().await?;
+    Some(Either::Left(Opened {
         stream,
         hang_up,
         peer,
         accepted,
         scheme,
         http2,
-    } = opened;
+    }))
+}
+
+async fn serve_connection<S>(core: Arc<Core>, opened: Opened<S>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    match opened.http2 {
+        true => Box::pin(serve_http2(core, opened)).await,
+        false => Box::pin(serve_http1(core, opened)).await,
+    }
+}
+
+/// What hyper calls for each request of a connection.
+fn service(
+    core: &Arc<Core>,
+    activity: &Arc<Activity>,
+    peer: SocketAddr,
+    scheme: Scheme,
+) -> impl Service<
+    Request<Incoming>,
+    Response = Response<Answer>,
+    Error = Infallible,
+    Future = BoxFuture<'static, Result<Response<Answer>, Infallible>>,
+> {
+    let (core, activity) = (core.clone(), activity.clone());
+    service_fn(move |request| {
+        let counted = OpenRequest::new(&core, &activity);
+        let core = core.clone();
+        // Boxed: hyper keeps a place for it as long as the connection is there.
+        async move { Ok(answer(&core, peer, scheme, request, counted).await) }.boxed()
+    })
+}
+
+async fn serve_http2<S>(core: Arc<Core>, opened: Opened<S>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let activity = Arc::new(Activity::default());
     let settings = &core.settings;
     let (head, idle) = (settings.head_timeout, settings.idle_timeout);
-    let mut watch = Watch::new(activity.clone(), accepted, head, idle);
-    let service = {
-        let (core, activity) = (core.clone(), activity.clone());
-        service_fn(move |request| {
-            let counted = OpenRequest::new(&core, &activity);
-            let core = core.clone();
-            async move {
-                Ok::<_, std::convert::Infallible>(
-                    answer(&core, peer, scheme, request, counted).await,
-                )
-            }
-        })
-    };
+    let mut watch = Watch::new(activity.clone(), opened.accepted, head, idle);
+    let service = service(&core, &activity, opened.peer, opened.scheme);
     let mut stopping = core.stopping.clone();
-    if http2 {
-        let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-        builder
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(settings.h2_streams)
-            .initial_stream_window_size(settings.h2_window)
-            .initial_connection_window_size(settings.h2_window.max(1 << 20))
-            .max_header_list_size(settings.max_head)
-            .max_send_buf_size(BUFFER)
-            .keep_alive_interval(Some(idle))
-            .keep_alive_timeout(head);
-        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
-        tokio::select! {
-            _ = &mut connection => return,
-            () = reached(&mut stopping, Stopping::Draining) => {
-                connection.as_mut().graceful_shutdown();
-                _ = connection.await;
+    let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(settings.h2_streams)
+        .initial_stream_window_size(settings.h2_window)
+        .initial_connection_window_size(settings.h2_window.max(1 << 20))
+        .max_header_list_size(settings.max_head)
+        .max_send_buf_size(BUFFER)
+        .keep_alive_interval(Some(idle))
+        .keep_alive_timeout(head);
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(opened.stream), service));
+    tokio::select! {
+        _ = &mut connection => return,
+        () = reached(&mut stopping, Stopping::Draining) => {
+            connection.as_mut().graceful_shutdown();
+            _ = connection.await;
+        }
+        // Its answer to a keep-alive PING does not make an unused connection a used one.
+        () = poll_fn(|cx| watch.poll(cx)) => {
+            if activity.phase() == Phase::New {
+                return;
             }
-            // Its answer to a keep-alive PING does not make an unused connection a used one.
-            () = poll_fn(|cx| watch.poll(cx)) => {
-                if activity.phase() == Phase::New {
-                    return;
-                }
-                connection.as_mut().graceful_shutdown();
-                // A request may have been on its way, and the end of an answer may wait for its reader.
-                loop {
-                    tokio::select! {
-                        _ = &mut connection => return,
-                        () = sleep(idle) => if activity.phase() != Phase::Busy {
-                            return;
-                        }
+            connection.as_mut().graceful_shutdown();
+            // A request may have been on its way, and the end of an answer may wait for its reader.
+            loop {
+                tokio::select! {
+                    _ = &mut connection => return,
+                    () = sleep(idle) => if activity.phase() != Phase::Busy {
+                        return;
                     }
                 }
             }
         }
-        return;
     }
+}
+
+async fn serve_http1<S>(core: Arc<Core>, opened: Opened<S>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let activity = Arc::new(Activity::default());
+    let settings = &core.settings;
+    let (head, idle) = (settings.head_timeout, settings.idle_timeout);
+    let mut watch = Watch::new(activity.clone(), opened.accepted, head, idle);
+    let service = service(&core, &activity, opened.peer, opened.scheme);
+    let mut stopping = core.stopping.clone();
     let mut builder = hyper::server::conn::http1::Builder::new();
     let max_head = settings.max_head as usize;
     builder
@@ -315,7 +336,7 @@ where
         .header_read_timeout(None)
         .keep_alive(true)
         .pipeline_flush(false);
-    let stream = TokioIo::new(Telling::new(stream, activity.clone(), unreadable));
+    let stream = TokioIo::new(Telling::new(opened.stream, activity.clone(), unreadable));
     let mut connection = pin!(builder.serve_connection(stream, service));
     let (mut told, mut gone) = (false, false);
     loop {
@@ -324,7 +345,7 @@ where
             _ = &mut connection => return,
             // A FIN before the answer's end means that the caller left, as in nginx: dropping the connection drops
             // its request, and with that its place, its slot and its exchange.
-            () = hang_up.seen(), if !gone => {
+            () = opened.hang_up.seen(), if !gone => {
                 if activity.phase() == Phase::Busy {
                     return;
                 }

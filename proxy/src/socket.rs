@@ -89,8 +89,18 @@ impl AsyncRead for CallerSocket {
             let given = first.left.len().min(buf.remaining());
             buf.put_slice(&first.bytes[first.left.start..][..given]);
             first.left.start += given;
-            return Poll::Ready(Ok(()));
+            // What came behind it goes along: hyper's buffer grows where a piece comes first.
+            return match self.poll_socket(cx, buf) {
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(())),
+            };
         }
+        self.poll_socket(cx, buf)
+    }
+}
+
+impl CallerSocket {
+    fn poll_socket(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.stream.poll_read_ready(cx))?;
             let room = buf.initialize_unfilled();
@@ -117,9 +127,7 @@ impl AsyncRead for CallerSocket {
             }
         }
     }
-}
 
-impl CallerSocket {
     /// Reads until it is clear whether this is HTTP/2. `None`: the caller went before.
     pub async fn http2_preface(&mut self) -> Option<bool> {
         loop {
