@@ -88,7 +88,8 @@ pub async fn invoke(
         let instance = slot.target().instance;
         let cancels = &deployed.metrics.cancel_timeouts;
         let times = core.settings.instances;
-        let send = upstream::send(slot, request, times, &core.trust, cancels);
+        // Boxed: a request that waits has no room for what comes after.
+        let send = Box::pin(upstream::send(slot, request, times, &core.trust, cancels));
         match timeout_at(deadline, send).await {
             // A protocol that nobody asked for: what follows is no answer.
             Ok(Ok((response, _))) if response.status().is_informational() => {

@@ -443,8 +443,12 @@ async fn answer(
     account.target(&target);
     let request = Request::from_parts(head, body);
     // A panic costs its own request; what the request held is given back by its guards.
-    let invoked = AssertUnwindSafe(invoke(core, &caller, target, request, &mut account));
-    let invoked = core.over.run_until_cancelled(invoked.catch_unwind()).await;
+    let invoked = {
+        let invoked = AssertUnwindSafe(invoke(core, &caller, target, request, &mut account));
+        // Pinned here: given away it would have a second place.
+        let invoked = pin!(invoked.catch_unwind());
+        core.over.run_until_cancelled(invoked).await
+    };
     let invoked = match invoked {
         Some(Ok(outcome)) => outcome,
         Some(Err(_)) => {
