@@ -51,7 +51,7 @@ answer = httpx.post(
 assert (answer.status_code, answer.headers["nvcf-status"]) == (200, "fulfilled")
 
 problem = deployments_create.sync(*ids, client=client, body=request)
-assert isinstance(problem, Problem) and problem.status == 400, problem
+assert isinstance(problem, Problem) and problem.status == 409, problem
 
 assert deployments_delete.sync(*ids, client=client).function.status == FunctionState.INACTIVE
 assert functions_delete.sync_detailed(*ids, client=client).status_code == 204

@@ -211,14 +211,14 @@ pub struct Health {
     /// Absent: the instance's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// Longest wait for an answer.
+    /// Longest wait for an answer; more than PT1M counts as PT1M.
     pub timeout: IsoDuration,
     /// Status that means healthy.
     pub expected_status_code: u16,
 }
 
 impl Health {
-    /// One that hangs is given up after three of them, all but at the same time.
+    /// More counts as so much. One that hangs is given up after three of them, all but at the same time.
     pub const MAX_TIMEOUT: IsoDuration = IsoDuration::secs(60);
 }
 

@@ -80,7 +80,6 @@ impl Check {
                 false => format!("/{}", health.uri),
             },
             expected: health.expected_status_code,
-            // Versions from before the limit have any.
             timeout: health
                 .timeout
                 .min(Health::MAX_TIMEOUT)

@@ -35,7 +35,7 @@ pub(crate) struct Party {
 #[serde(rename_all = "camelCase")]
 #[schema(example = json!({"authorizedParties": [{"ncaId": "team-b"}]}))]
 pub(crate) struct PartiesRequest {
-    /// Each account once; `*` alone.
+    /// `*` alone; one that is there twice counts once.
     #[schema(min_items = 1)]
     authorized_parties: Vec<Party>,
 }
@@ -227,7 +227,7 @@ fn removed(mut before: Vec<String>, id: &str) -> Result<Vec<String>, Problem> {
     let count = before.len();
     before.retain(|a| a != id);
     if before.len() == count {
-        return Err(Problem::missing(format!(
+        return Err(Problem::conflict(format!(
             "authorizedParty: '{id}' is not among those that may call: GET lists them"
         )));
     }

@@ -308,6 +308,15 @@ fn check(fine: bool, detail: impl Into<String>) -> Result<(), Problem> {
     }
 }
 
+/// What is wrong with no member by itself, but with how they, the version and what is there go together.
+fn fits(fine: bool, detail: impl Into<String>) -> Result<(), Problem> {
+    if fine {
+        Ok(())
+    } else {
+        Err(Problem::conflict(detail))
+    }
+}
+
 fn check_configuration(at: &str, configuration: &Map<String, Value>) -> Result<(), Problem> {
     for (name, up) in [("scaleUpDetails", true), ("scaleDownDetails", false)] {
         let Some(details) = configuration.get(name) else {
@@ -334,8 +343,12 @@ fn check_configuration(at: &str, configuration: &Map<String, Value>) -> Result<(
             };
             let (size, threshold) = (read("size")?, read("threshold")?);
             check(
-                size <= IsoDuration::secs(3600) && threshold < size,
-                format!("{at}.stickiness: size is at most PT1H, and threshold below size"),
+                size <= IsoDuration::secs(3600),
+                format!("{at}.stickiness.size: at most PT1H is taken"),
+            )?;
+            fits(
+                threshold < size,
+                format!("{at}.stickiness: threshold has to be below size"),
             )?;
         }
     }
@@ -350,7 +363,7 @@ fn check_steps(deployment: &Deployment) -> Result<(), Problem> {
             continue;
         };
         let at = format!("deploymentSpecifications[{at}].autoscalingConfiguration");
-        check(
+        fits(
             configuration == all,
             format!(
                 "{at}: a version scales as one: give it once, or the same to every specification"
@@ -363,7 +376,7 @@ fn check_steps(deployment: &Deployment) -> Result<(), Problem> {
             let metric = details
                 .as_ref()
                 .and_then(|details| details.metric.as_deref());
-            check(
+            fits(
                 metric.is_none_or(|metric| metric.eq_ignore_ascii_case("utilization")),
                 format!(
                     "{at}: the policy nvcf-step knows the metric 'utilization' alone: leave metric out"
@@ -371,7 +384,7 @@ fn check_steps(deployment: &Deployment) -> Result<(), Problem> {
             )?;
         }
         let steps = Steps::of(&configuration);
-        check(
+        fits(
             steps.down_threshold <= steps.up_threshold,
             format!(
                 "{at}: scaleDownDetails.threshold, {} (default 30), can't be above scaleUpDetails.threshold, {} (default 70)",
@@ -468,6 +481,13 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
             format!("{at}.maxInstances: has to be at least 1"),
         )?;
         check(
+            spec.max_instances <= MAX_INSTANCES,
+            format!(
+                "{at}.maxInstances: {}, and a deployment may have {MAX_INSTANCES}: ask for fewer, or deploy several versions",
+                spec.max_instances
+            ),
+        )?;
+        fits(
             spec.min_instances <= spec.max_instances,
             format!(
                 "{at}.minInstances: {} is more than maxInstances, {}: lower it, or raise maxInstances",
@@ -479,7 +499,7 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
             format!("{at}.maxRequestConcurrency: has to be 1 to 16384"),
         )?;
     }
-    check(
+    fits(
         deployment.max_instances() <= MAX_INSTANCES,
         format!(
             "maxInstances: {} in all, and a deployment may have {MAX_INSTANCES}: ask for fewer, or deploy several versions",
@@ -506,11 +526,11 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
     ] {
         check(!duration.0.is_zero(), format!("{name}: has to be above 0"))?;
     }
-    check(
+    fits(
         autoscaling.panic_window <= autoscaling.stable_window,
         "autoscaling.panicWindow: can't be longer than stableWindow",
     )?;
-    check(
+    fits(
         deployment.queue.hold_bytes <= deployment.queue.max_bytes,
         "queue.holdBytes: can't be more than queue.maxBytes",
     )?;
@@ -519,12 +539,12 @@ fn check_deployment(deployment: &Deployment, version: &Version) -> Result<(), Pr
         "routing.sessionHeader: is not the name of a header, such as x-session-id",
     )?;
     match &version.launch {
-        Launch::Process(_) => check(
+        Launch::Process(_) => fits(
             version.inference_port.is_none() || deployment.max_instances() <= 1,
             "maxInstances: more than one process can't listen on the version's one inferencePort; \
              make a version that leaves inferencePort out and listens on $PORT",
         ),
-        Launch::Endpoints(endpoints) => check(
+        Launch::Endpoints(endpoints) => fits(
             deployment.max_instances() as usize <= endpoints.len(),
             format!(
                 "maxInstances: the version has {} endpoints, each one an instance; ask for no more",
@@ -624,7 +644,7 @@ async fn create_once(api: &Api, deployment: &Deployment) -> Result<Version, Prob
     let stored = api.stored(deployment.function, deployment.version).await?;
     if let Some((there, _)) = &stored.deployment {
         let view = api.shown(deployment.function, deployment.version);
-        return Err(Problem::bad(if there.undeploying {
+        return Err(Problem::conflict(if there.undeploying {
             "the version is being undeployed: wait until its last requests are done, or DELETE without graceful".to_owned()
         } else if view.is_some_and(|v| v.state == FunctionState::Error) {
             "the version is deployed and in ERROR: undeploy it first".to_owned()
@@ -720,7 +740,7 @@ async fn change(
                 return Err(none(version));
             };
             if !busy(Some(&deployment)) {
-                return Err(Problem::bad(
+                return Err(Problem::conflict(
                     "the version is being undeployed: deploy it anew when its last requests are done",
                 ));
             }
@@ -765,17 +785,17 @@ pub(crate) async fn update(
                 Some(id) => deployment.specifications.iter_mut().find(|s| s.id == *id),
                 None if alone => deployment.specifications.first_mut(),
                 None => {
-                    return Err(Problem::bad(format!(
+                    return Err(Problem::conflict(format!(
                         "{at}.gpuSpecificationId: is needed where there are several specifications"
                     )));
                 }
             };
             let Some(spec) = found else {
-                return Err(Problem::bad(format!(
+                return Err(Problem::conflict(format!(
                     "{at}.gpuSpecificationId: the deployment has no such specification"
                 )));
             };
-            check(
+            fits(
                 spec.gpu == new.gpu && spec.instance_type == new.instance_type,
                 format!("{at}: gpu and instanceType are fixed: undeploy, then deploy anew"),
             )?;
@@ -883,7 +903,7 @@ async fn delete_once(
 ) -> Result<(Version, Option<Deployment>), Problem> {
     let stored = api.stored(function, version).await?;
     let Some((there, _)) = &stored.deployment else {
-        return Err(Problem::bad(format!(
+        return Err(Problem::missing(format!(
             "version {version} is not deployed: there is nothing to undeploy"
         )));
     };

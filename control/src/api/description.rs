@@ -1,7 +1,7 @@
 //! What the macros can't say of the API: the errors of each operation, rules that name several members, and what
 //! holds of bodies and replies alike.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 use utoipa::openapi::OpenApi;
@@ -10,14 +10,36 @@ use crate::model::SCOPES;
 
 /// Above 0. More of ISO 8601 is taken; this is what everybody understands.
 const DURATION: &str = r"^P([1-9][0-9]{0,5}D(T[1-9][0-9]{0,5}H)?|T([1-9][0-9]{0,7}H([1-9][0-9]{0,5}M)?((0\.[0-9]{0,8}[1-9]|[1-9][0-9]{0,5}(\.[0-9]{1,9})?)S)?|[1-9][0-9]{0,5}M((0\.[0-9]{0,8}[1-9]|[1-9][0-9]{0,5}(\.[0-9]{1,9})?)S)?|(0\.[0-9]{0,8}[1-9]|[1-9][0-9]{0,8}(\.[0-9]{1,9})?)S))$";
+/// Above 0, at most an hour.
+const HOUR: &str =
+    r"^PT(1H|[1-9]M|[1-5][0-9]M|60M|[1-9][0-9]{0,2}S|[1-2][0-9]{3}S|3[0-5][0-9]{2}S|3600S)$";
 const TAG: &str = "^[A-Za-z0-9_:=-]+$";
-/// Capitals, a slash at the end and short forms of IPv6 addresses are taken too.
-const ENDPOINT: &str = r"^http://([a-z0-9.-]+|\[(::1|([0-9a-f]{1,4}:){7}[0-9a-f]{1,4})\]):([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])$";
+/// What its own servers and instances forbid apart. Capitals, a slash at the end, short forms of IPv6 addresses and
+/// what else a URL's host may hold are taken too.
+fn endpoint() -> String {
+    let port =
+        "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])";
+    // A last label that is a number, such as `1` or `0x1`, makes an IPv4 address of a name.
+    let last =
+        "(([1-9][0-9]*|0[0-9]+)?[a-z-][a-z0-9-]*|0([a-wyz-][a-z0-9-]*|x[0-9a-f]*[g-z-][a-z0-9-]*))";
+    let name = format!(r"([a-z0-9-]+\.)*{last}\.?");
+    // Neither of them link-local, nor the unspecified address.
+    let octet = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])";
+    let first = "(25[0-5]|2[0-4][0-9]|1[0-57-9][0-9]|16[0-8]|[1-9][0-9]?)";
+    let second = "(25[0-35]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])";
+    let v4 = format!(r"({first}\.{octet}|169\.{second})\.{octet}\.{octet}");
+    let group = "[0-9a-f]{1,4}";
+    let begin = "([1-9a-e][0-9a-f]{0,3}|f([0-9a-f]{0,2}|[0-9a-df][0-9a-f]{2}|e[0-7c-f][0-9a-f]))";
+    let v6 = format!(r"\[{begin}(:{group}){{7}}\]");
+    let host = format!("({name}|{v4}|{v6})");
+    format!("^(http://{host}:{port}|https://{host}(:{port})?)$")
+}
 
 /// The document that `/openapi.json` answers.
 pub(crate) fn finished(description: &OpenApi) -> Value {
     let mut all = serde_json::to_value(description).expect("a description serialises");
     operations(&mut all["paths"]);
+    links(&mut all["paths"]);
     let schemas = &mut all["components"]["schemas"];
     rules(schemas);
     let (asked, told) = (
@@ -50,7 +72,7 @@ const ERRORS: [(&str, &str, &str); 8] = [
     (
         "400",
         "BadRequest",
-        "Something of the request is wrong, or the state is not one for it; `detail` says what.",
+        "Something of the request is wrong by itself; `detail` says what.",
     ),
     (
         "401",
@@ -66,7 +88,7 @@ const ERRORS: [(&str, &str, &str); 8] = [
     (
         "409",
         "Conflict",
-        "It is there already, is over, or is still in use; or others changed it again and again meanwhile.",
+        "It is there already, is over, or is still in use; what is asked for contradicts itself or what is there; or others changed it again and again meanwhile. `detail` says what.",
     ),
     ("413", "TooLarge", "The body is over 1 MiB (1048576 bytes)."),
     (
@@ -119,14 +141,7 @@ fn operations(paths: &mut Value) {
             let ends = |status: &str| match status {
                 "400" => body || ids || query || default,
                 "404" => ids || account || path.ends_with("/decisions"),
-                // A function or version is made under a new random ID, and meets nobody.
-                "409" => {
-                    changes
-                        && !(method == "post"
-                            && ["/functions", "/versions"]
-                                .iter()
-                                .any(|end| path.ends_with(end)))
-                }
+                "409" => changes,
                 "413" => body,
                 "500" | "503" => stored,
                 _ => true,
@@ -161,6 +176,102 @@ fn operations(paths: &mut Value) {
                 .flatten()
             {
                 described(parameter);
+            }
+        }
+    }
+}
+
+/// Answers that make something, each with the names of what it made and where they are.
+const MADE: [(&str, &[(&str, &str)]); 5] = [
+    (
+        "/functions",
+        &[
+            ("functionId", "/function/id"),
+            ("functionVersionId", "/function/versionId"),
+        ],
+    ),
+    (
+        "/functions/{functionId}/versions",
+        &[
+            ("functionId", "/function/id"),
+            ("functionVersionId", "/function/versionId"),
+        ],
+    ),
+    (
+        "/deployments/functions/{functionId}/versions/{functionVersionId}",
+        &[
+            ("functionId", "/deployment/functionId"),
+            ("functionVersionId", "/deployment/functionVersionId"),
+            ("deploymentId", "/deployment/deploymentId"),
+            (
+                "gpuSpecificationId",
+                "/deployment/deploymentSpecifications/0/gpuSpecificationId",
+            ),
+        ],
+    ),
+    ("/accounts", &[("ncaId", "/account/ncaId")]),
+    ("/keys", &[("keyId", "/key/id")]),
+];
+
+/// What can be done with what was made: by the names alone, a version's ID looks like its function's.
+fn links(paths: &mut Value) {
+    const ACCOUNT: &str = "/v2/nvcf/accounts/{ncaId}";
+    let mut all: Vec<(String, BTreeSet<String>, String)> = Vec::new();
+    for (path, item) in paths.as_object().into_iter().flatten() {
+        let names = path.split('/').filter_map(|part| part.strip_prefix('{'));
+        let names: BTreeSet<String> = names
+            .map(|name| name.trim_end_matches('}').to_owned())
+            .collect();
+        for (_, operation) in item.as_object().into_iter().flatten() {
+            let id = operation["operationId"].as_str().unwrap_or_default();
+            all.push((path.clone(), names.clone(), id.to_owned()));
+        }
+    }
+    for (path, item) in paths.as_object_mut().into_iter().flatten() {
+        let twin = path.starts_with(&format!("{ACCOUNT}/"));
+        let short = path
+            .strip_prefix(ACCOUNT)
+            .or_else(|| path.strip_prefix("/v2/nvcf"))
+            .or_else(|| path.strip_prefix("/v2/weir"))
+            .unwrap_or_default();
+        let Some((_, made)) = MADE.iter().find(|(made, _)| *made == short) else {
+            continue;
+        };
+        let mut known: BTreeMap<&str, String> = made
+            .iter()
+            .map(|(name, at)| (*name, format!("$response.body#{at}")))
+            .collect();
+        if twin {
+            known.insert("ncaId", "$request.path.ncaId".to_owned());
+        }
+        let mut links = Map::new();
+        for (target, names, id) in &all {
+            let same = short == "/accounts" || twin == target.starts_with(&format!("{ACCOUNT}/"));
+            let of_it = names.iter().any(|name| made.iter().any(|(m, _)| m == name));
+            if same && of_it && names.iter().all(|name| known.contains_key(name.as_str())) {
+                let given: Map<String, Value> = names
+                    .iter()
+                    .map(|name| (name.clone(), known[name.as_str()].clone().into()))
+                    .collect();
+                let mut link = json!({"operationId": id, "parameters": given});
+                // Otherwise guessed, together with the wrong ID.
+                if id.ends_with("functions_update") && known["functionId"].ends_with("/function/id")
+                {
+                    link["requestBody"] = json!({
+                        "rateLimit": "$response.body#/function/rateLimit",
+                        "tags": "$response.body#/function/tags"
+                    });
+                }
+                links.insert(id.clone(), link);
+            }
+        }
+        for (status, answer) in item["post"]["responses"]
+            .as_object_mut()
+            .into_iter()
+            .flatten()
+        {
+            if status.starts_with('2') {
+                answer["links"] = links.clone().into();
             }
         }
     }
@@ -224,7 +335,7 @@ fn rules(schemas: &mut Value) {
     let create = &mut schemas["CreateFunctionRequest"];
     create["properties"]["inferenceUrl"]["not"] = json!({"enum": ["/grpc", "grpc"]});
     let endpoints = &mut create["properties"]["endpoints"];
-    endpoints["items"]["pattern"] = ENDPOINT.into();
+    endpoints["items"]["pattern"] = endpoint().into();
     endpoints["minItems"] = 1.into();
     endpoints["uniqueItems"] = true.into();
     // Either process or endpoints.
@@ -236,7 +347,8 @@ fn rules(schemas: &mut Value) {
     command["items"]["pattern"] = r"^[^\x00]*$".into();
     command["prefixItems"] = json!([{"type": "string", "minLength": 1, "pattern": r"^[^\x00]*$"}]);
     schemas["ProcessSpec"]["properties"]["workingDir"]["pattern"] = r"^[^\x00]*$".into();
-    schemas["EnvVar"]["properties"]["key"]["not"] = json!({"pattern": "^(PORT$|WEIR_)"});
+    schemas["EnvVar"]["properties"]["key"]["not"] =
+        json!({"pattern": "^((PORT|CUDA_VISIBLE_DEVICES)$|NVCF_|WEIR_)"});
 
     let limit = &mut schemas["RateLimitBody"];
     limit["properties"]["perNcaIdRate"]["maxProperties"] = 32.into();
@@ -297,9 +409,24 @@ fn rules(schemas: &mut Value) {
         "description": "For `threshold` of the last `size`.",
         "required": ["size", "threshold"],
         "properties": {
-            "size": {"$ref": "#/components/schemas/IsoDuration", "description": "At most PT1H."},
+            "size": {"type": "string", "pattern": HOUR, "description": "At most PT1H."},
             "threshold": {"$ref": "#/components/schemas/IsoDuration", "description": "Less than `size`."}
         }
+    });
+    schemas["UpdateFunctionRequest"]["not"] = nothing(&["tags", "rateLimit"]);
+    let patch = &mut schemas["PatchRequest"];
+    patch["not"] = nothing(&[
+        "minInstances",
+        "maxInstances",
+        "autoscalingConfiguration",
+        "autoscalingConfigurationPolicy",
+    ]);
+    patch["if"] = json!({
+        "required": ["autoscalingConfiguration"],
+        "properties": {"autoscalingConfiguration": {"type": "object"}}
+    });
+    patch["then"] = json!({
+        "properties": {"autoscalingConfigurationPolicy": {"not": {"const": "PLATFORM_CONFIGURATION"}}}
     });
     for schema in ["SpecificationRequest", "PatchRequest"] {
         let configuration = &mut schemas[schema]["properties"]["autoscalingConfiguration"];
@@ -324,9 +451,8 @@ fn rules(schemas: &mut Value) {
     ]);
     schemas["DeploymentRequest"]["properties"]["deploymentSpecifications"]["minItems"] = 1.into();
     let parties = &mut schemas["PartiesRequest"]["properties"]["authorizedParties"];
-    parties["uniqueItems"] = true.into();
-    parties["if"] = json!({"minItems": 2});
-    parties["then"] = json!({"items": {"properties": {"ncaId": {"not": {"const": "*"}}}}});
+    parties["if"] = json!({"items": {"properties": {"ncaId": {"not": {"const": "*"}}}}});
+    parties["else"] = json!({"items": {"properties": {"ncaId": {"const": "*"}}}});
     let dto = &mut schemas["ActiveInstance"]["properties"];
     dto["instanceStatus"]["enum"] = json!(["STARTING", "ACTIVE", "TERMINATED", "ERRORED"]);
     for member in ["instanceId", "icmsRequestId"] {
@@ -336,6 +462,14 @@ fn rules(schemas: &mut Value) {
         schemas["Instance"]["properties"][member]["format"] = "date-time".into();
     }
     schemas["Problem"]["properties"]["requestId"]["format"] = "uuid".into();
+}
+
+/// None of the members is there, or each is `null`.
+fn nothing(members: &[&str]) -> Value {
+    let none = members
+        .iter()
+        .map(|member| ((*member).to_owned(), json!({"type": "null"})));
+    json!({"properties": none.collect::<Map<_, _>>()})
 }
 
 /// A list of rates, each of the units at most once.

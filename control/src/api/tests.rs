@@ -218,7 +218,7 @@ async fn a_function_lives_and_goes() {
     );
     weir.post(&deployments, body.clone())
         .await
-        .problem(400, "bad-request", "is deployed");
+        .problem(409, "conflict", "is deployed");
     let by_id = format!(
         "/v2/nvcf/deployments/{}",
         d["deploymentId"].as_str().unwrap()
@@ -235,7 +235,7 @@ async fn a_function_lives_and_goes() {
         .problem(400, "bad-request", "is needed");
     weir.call(ADMIN, "PATCH", &specification, json!({"minInstances": 9}))
         .await
-        .problem(400, "bad-request", "more than maxInstances");
+        .problem(409, "conflict", "more than maxInstances");
     let patch =
         json!({"minInstances": 1, "autoscalingConfigurationPolicy": "platform_configuration"});
     let patched = weir.call(ADMIN, "PATCH", &specification, patch).await.ok();
@@ -261,7 +261,7 @@ async fn a_function_lives_and_goes() {
     ] {
         weir.call(ADMIN, "PUT", &deployments, step(details))
             .await
-            .problem(400, "bad-request", why);
+            .problem(409, "conflict", why);
     }
     let put = with(
         spec("maxRequestConcurrency", json!(7)),
@@ -292,13 +292,13 @@ async fn a_function_lives_and_goes() {
     }
     weir.post(&deployments, body.clone())
         .await
-        .problem(400, "bad-request", "being undeployed");
+        .problem(409, "conflict", "being undeployed");
     weir.call(ADMIN, "DELETE", &deployments, json!({}))
         .await
         .ok();
     weir.call(ADMIN, "DELETE", &deployments, json!({}))
         .await
-        .problem(400, "bad-request", "not deployed");
+        .problem(404, "not-found", "not deployed");
     weir.get(&queue)
         .await
         .problem(404, "not-found", "deploy a version");
@@ -385,8 +385,8 @@ async fn a_wrong_function_is_refused_with_the_reason() {
         ),
         (
             "health",
-            with(health.clone(), "timeout", json!("PT61S")),
-            "health.timeout: has to be above 0 and at most PT1M",
+            with(health.clone(), "timeout", json!("PT0S")),
+            "health.timeout: has to be above 0",
         ),
         ("health", json!({"uri": "/h"}), "health.protocol: is needed"),
         (
@@ -518,6 +518,18 @@ async fn a_wrong_function_is_refused_with_the_reason() {
 }
 
 #[tokio::test]
+async fn a_long_health_timeout_is_taken() {
+    let weir = weir().await;
+    for timeout in ["PT1M", "PT1M1S", "PT2H"] {
+        let health =
+            json!({"protocol": "HTTP", "uri": "/", "timeout": timeout, "expectedStatusCode": 200});
+        let body = with(echo(), "health", health);
+        let made = weir.post("/v2/nvcf/functions", body).await.ok();
+        assert_eq!(made["function"]["health"]["timeout"], timeout);
+    }
+}
+
+#[tokio::test]
 async fn a_body_format_is_echoed() {
     let weir = weir().await;
     for (given, echoed) in [
@@ -540,7 +552,6 @@ async fn a_wrong_deployment_is_refused_with_the_reason() {
     let (f, v) = weir.function().await;
     let path = format!("/v2/nvcf/deployments/functions/{f}/versions/{v}");
     for (body, says) in [
-        (spec("minInstances", json!(3)), "more than maxInstances"),
         (
             spec("minInstances", json!(-1)),
             "deploymentSpecifications[0].minInstances",
@@ -577,10 +588,6 @@ async fn a_wrong_deployment_is_refused_with_the_reason() {
             "autoscaling.policy",
         ),
         (
-            with(spec("regions", json!([])), "queue", json!({"maxBytes": 1})),
-            "holdBytes",
-        ),
-        (
             with(spec("regions", json!([])), "startTimeout", json!("PT0S")),
             "startTimeout",
         ),
@@ -593,6 +600,32 @@ async fn a_wrong_deployment_is_refused_with_the_reason() {
         weir.post(&path, body)
             .await
             .problem(400, "bad-request", says);
+    }
+    // Nothing is wrong with any of them by itself.
+    for (member, value, says) in [
+        (
+            "deploymentSpecifications",
+            json!([{"gpu": "none", "minInstances": 3, "maxInstances": 2}]),
+            "deploymentSpecifications[0].minInstances: 3 is more than maxInstances, 2",
+        ),
+        (
+            "deploymentSpecifications",
+            json!([
+                {"gpu": "none", "minInstances": 0, "maxInstances": 4096},
+                {"gpu": "none", "minInstances": 0, "maxInstances": 1}
+            ]),
+            "maxInstances: 4097 in all",
+        ),
+        ("queue", json!({"maxBytes": 1}), "queue.holdBytes"),
+        (
+            "autoscaling",
+            json!({"panicWindow": "PT2M"}),
+            "autoscaling.panicWindow",
+        ),
+    ] {
+        weir.post(&path, with(spec("regions", json!([])), member, value))
+            .await
+            .problem(409, "conflict", says);
     }
     let fixed = weir
         .post(
@@ -612,7 +645,7 @@ async fn a_wrong_deployment_is_refused_with_the_reason() {
         );
         weir.post(&path, spec("regions", json!([])))
             .await
-            .problem(400, "bad-request", says);
+            .problem(409, "conflict", says);
         weir.post(&path, spec("maxInstances", json!(1))).await.ok();
     }
 }
@@ -872,6 +905,9 @@ async fn accounts_see_their_own_and_what_is_shared() {
         left["function"]["authorizedParties"],
         json!([{"ncaId": "c"}])
     );
+    weir.call(&a, "PATCH", &format!("{shares}/remove"), one("b"))
+        .await
+        .problem(409, "conflict", "'b' is not among those");
     let of_version = format!("{shares}/versions/{v}");
     weir.call(
         &a,
@@ -925,7 +961,7 @@ async fn a_limit_on_functions_holds_for_many_at_once() {
     assert_eq!(made, 5);
     weir.post("/v2/nvcf/functions", echo())
         .await
-        .problem(400, "bad-request", "5");
+        .problem(409, "conflict", "5");
     let one = weir.context.directory.views()[0].versions[0]
         .version
         .clone();
@@ -1164,6 +1200,45 @@ async fn the_description_is_whole() {
             text["components"].pointer(&format!("/{name}")).is_some(),
             "{name} is not described"
         );
+    }
+}
+
+#[tokio::test]
+async fn what_is_made_is_linked_to_what_can_be_done_with_it() {
+    let weir = weir().await;
+    let text = weir.get("/openapi.json").await.ok();
+    let mut names: HashMap<&str, HashSet<&str>> = HashMap::new();
+    for (path, item) in text["paths"].as_object().unwrap() {
+        for operation in item.as_object().unwrap().values() {
+            let parts = path.split('/').filter_map(|part| part.strip_prefix('{'));
+            names.insert(
+                operation["operationId"].as_str().unwrap(),
+                parts.map(|part| part.trim_end_matches('}')).collect(),
+            );
+        }
+    }
+    let mut count = 0;
+    for item in text["paths"].as_object().unwrap().values() {
+        let links = item["post"]["responses"]["200"]["links"].as_object();
+        for link in links.into_iter().flatten().map(|(_, link)| link) {
+            count += 1;
+            let given = link["parameters"].as_object().unwrap();
+            let given: HashSet<&str> = given.keys().map(String::as_str).collect();
+            assert_eq!(given, names[link["operationId"].as_str().unwrap()]);
+        }
+    }
+    assert!(count > 100, "{count}");
+    for (path, who) in [("", ""), ("/accounts/{ncaId}", "admin_")] {
+        for made in ["/functions", "/functions/{functionId}/versions"] {
+            let post = &text["paths"][format!("/v2/nvcf{path}{made}")]["post"];
+            let links = &post["responses"]["200"]["links"];
+            for target in ["functions_read", "functions_update", "deployments_create"] {
+                let given = &links[format!("{who}{target}")]["parameters"];
+                assert_eq!(given["functionId"], "$response.body#/function/id");
+                let version = &given["functionVersionId"];
+                assert_eq!(version, "$response.body#/function/versionId");
+            }
+        }
     }
 }
 

@@ -28,6 +28,12 @@ async fn refuses(server: &Server, method: Method, path: &str, body: &Value, word
     problem(response, 400, "bad-request", words).await;
 }
 
+/// Asserts that the body is refused with 409: nothing is wrong with any member by itself.
+async fn conflicts(server: &Server, method: Method, path: &str, body: &Value, words: &[&str]) {
+    let response = server.api(method, path).json(body).send().await.unwrap();
+    problem(response, 409, "conflict", words).await;
+}
+
 async fn count(server: &Server) -> usize {
     let all = server.get("/v2/nvcf/functions/ids").await;
     all["functionIds"].as_array().unwrap().len()
@@ -200,7 +206,6 @@ async fn deployments_have_to_make_sense() {
         minInstances | 0.5 | minInstances: has to be a whole number & 0.5
         minInstances | "1" | minInstances: has to be a whole number & "1"
         minInstances | null | minInstances: is needed
-        minInstances | 3 | minInstances: 3 is more than maxInstances, 2: lower it
         maxInstances | 0 | maxInstances: has to be at least 1
         maxInstances | 4097 | maxInstances: & 4096: ask for fewer
         maxInstances | 4294967295 | maxInstances: & 4096: ask for fewer
@@ -232,11 +237,9 @@ async fn deployments_have_to_make_sense() {
         autoscaling.policy | "magic" | autoscaling.policy: has to be `concurrency` or `nvcf-step`, not `magic`
         autoscaling.targetUtilization | 0 | autoscaling.targetUtilization: has to be above 0 and at most 1
         autoscaling.targetUtilization | "1" | autoscaling.targetUtilization: has to be a number, not "1"
-        autoscaling.panicWindow | "PT2M" | autoscaling.panicWindow: can't be longer than stableWindow
         queue | [] | queue: has to be an object, not a list
         queue.maxRequests | -1 | queue.maxRequests: has to be a whole number
         queue.maxRequests | 18446744073709551616 | queue.maxRequests: has to be a whole number
-        queue.holdBytes | 18446744073709551615 | queue.holdBytes: can't be more than queue.maxBytes
         routing.policy | 7 | routing.policy: has to be a string, not 7
         routing.sessionHeader | "a b" | routing.sessionHeader: & such as x-session-id
     "#;
@@ -252,6 +255,15 @@ async fn deployments_have_to_make_sense() {
     for (member, value, words) in rows(OF_A_DEPLOYMENT) {
         let body = with(whole.clone(), member, value);
         refuses(&server, Method::POST, &path, &body, &words).await;
+    }
+    const CONTRADICTIONS: &str = r#"
+        deploymentSpecifications | [{"gpu": "none", "minInstances": 3, "maxInstances": 2}] | minInstances: 3 is more than maxInstances, 2: lower it
+        autoscaling.panicWindow | "PT2M" | autoscaling.panicWindow: can't be longer than stableWindow
+        queue.holdBytes | 18446744073709551615 | queue.holdBytes: can't be more than queue.maxBytes
+    "#;
+    for (member, value, words) in rows(CONTRADICTIONS) {
+        let body = with(whole.clone(), member, value);
+        conflicts(&server, Method::POST, &path, &body, &words).await;
     }
     let response = server.api(Method::GET, &path).send().await.unwrap();
     problem(response, 404, "not-found", &["is not deployed", "POST"]).await;
@@ -285,10 +297,10 @@ async fn what_is_deployed_is_not_deployed_again_nor_changed_into_nonsense() {
     assert_eq!(response.text().await.unwrap(), "hello");
 
     let words = ["is deployed", "PATCH", "undeploy it first"];
-    refuses(&server, Method::POST, &path, &largest, &words).await;
+    conflicts(&server, Method::POST, &path, &largest, &words).await;
     let gpu = json!({"gpu": "H100", "instanceType": "a_1x", "minInstances": 0, "maxInstances": 1});
     let gpu = json!({"deploymentSpecifications": [gpu]});
-    refuses(
+    conflicts(
         &server,
         Method::PUT,
         &path,
@@ -304,7 +316,6 @@ async fn what_is_deployed_is_not_deployed_again_nor_changed_into_nonsense() {
     );
     const OF_A_PATCH: &str = r#"
         unheardOf | 1 | one of minInstances, maxInstances
-        minInstances | 2 | minInstances: 2 is more than maxInstances, 1
         minInstances | "2" | minInstances: has to be a whole number
         maxInstances | 0 | maxInstances: has to be at least 1
         autoscalingConfigurationPolicy | "MINE" | autoscalingConfigurationPolicy: has to be
@@ -313,6 +324,14 @@ async fn what_is_deployed_is_not_deployed_again_nor_changed_into_nonsense() {
         let body = with(json!({}), member, value);
         refuses(&server, Method::PATCH, &patch, &body, &words).await;
     }
+    conflicts(
+        &server,
+        Method::PATCH,
+        &patch,
+        &json!({"minInstances": 2}),
+        &["minInstances: 2 is more than maxInstances, 1"],
+    )
+    .await;
 }
 
 #[tokio::test]

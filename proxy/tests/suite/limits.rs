@@ -136,7 +136,7 @@ async fn an_account_has_a_largest_number_of_functions() {
     });
     let second = server.api(Method::POST, "/v2/nvcf/functions").json(&body);
     let second = second.send().await.unwrap();
-    assert_eq!(second.status(), StatusCode::BAD_REQUEST);
+    assert_eq!(second.status(), StatusCode::CONFLICT);
     let problem: Value = second.json().await.unwrap();
     assert!(problem.to_string().contains('1'), "{problem}");
 }

@@ -223,7 +223,11 @@ impl Wanted {
         let Some(problem) = error.downcast_ref::<Problem>() else {
             return error;
         };
-        if problem.status != reqwest::StatusCode::BAD_REQUEST {
+        let of_a_member = [
+            reqwest::StatusCode::BAD_REQUEST,
+            reqwest::StatusCode::CONFLICT,
+        ];
+        if !of_a_member.contains(&problem.status) {
             return error;
         }
         let named = problem.detail.split(": ").next().unwrap_or_default();
