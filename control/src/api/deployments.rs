@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use super::{
     Api, At, Caller, Problem, Stored,
     functions::{FunctionDto, FunctionReply, busy},
-    json::{Body, Names, Pairs, given, merged},
+    json::{self, Body, Names, Pairs, given, merged},
     retried,
 };
 use crate::{
@@ -70,14 +70,14 @@ pub(crate) struct SpecificationRequest {
     helm_validation_policy: Option<Map<String, Value>>,
 }
 
-/// A deployment. An update keeps what is left out, also inside `autoscaling`, `queue` and `routing`.
+/// A deployment.
 #[derive(Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 #[schema(example = json!({
     "deploymentSpecifications": [{"gpu": "none", "minInstances": 0, "maxInstances": 2, "maxRequestConcurrency": 4}]
 }))]
 pub(crate) struct DeploymentRequest {
-    /// At least one; an update may name those to change.
+    /// At least one.
     deployment_specifications: Vec<SpecificationRequest>,
     /// How it scales.
     #[schema(value_type = Option<Autoscaling>)]
@@ -756,28 +756,62 @@ async fn change(
     Ok(shown(api, version, Some(&deployment)))
 }
 
-/// Changes a deployment; gpu and instanceType are fixed. Scope: deploy_function.
+/// An update as a whole request: what it leaves out of a specification and a deployment has to have is as it is.
+fn completed(
+    given: &Map<String, Value>,
+    deployment: &Deployment,
+) -> Result<DeploymentRequest, Problem> {
+    let mut whole = given.clone();
+    let specs = whole
+        .entry("deploymentSpecifications")
+        .or_insert_with(|| Value::Array(Vec::new()));
+    for given in specs.as_array_mut().into_iter().flatten() {
+        let Value::Object(given) = given else {
+            continue;
+        };
+        let id = given.get("gpuSpecificationId").and_then(Value::as_str);
+        let id: Option<GpuSpecificationId> = id.and_then(|id| id.parse().ok());
+        let specs = &deployment.specifications;
+        // One that is not there is refused later, and by a better name than a missing member's.
+        let found = specs.iter().find(|s| Some(s.id) == id).or(specs.first());
+        let Some(spec) = found else {
+            continue;
+        };
+        for (member, value) in [
+            ("gpu", Value::from(spec.gpu.as_str())),
+            ("instanceType", spec.instance_type.as_str().into()),
+            ("minInstances", spec.min_instances.into()),
+            ("maxInstances", spec.max_instances.into()),
+        ] {
+            given.entry(member).or_insert(value);
+        }
+    }
+    json::read(whole.into())
+}
+
+/// Changes what the body has of a deployment and keeps the rest; gpu and instanceType are fixed. Scope: deploy_function.
 #[utoipa::path(put, path = "/deployments/functions/{functionId}/versions/{functionVersionId}", params(("functionId" = FunctionId, Path), ("functionVersionId" = VersionId, Path)), request_body = DeploymentRequest, responses((status = 200, body = DeploymentReply)))]
 pub(crate) async fn update(
     State(api): At,
     caller: Caller,
     names: Names,
-    Body(mut request): Body<DeploymentRequest>,
+    Body(given): Body<Map<String, Value>>,
 ) -> Result<Json<DeploymentReply>, Problem> {
     caller.needs("deploy_function")?;
     let (function, version) = names.version()?;
     caller.own_version(&api, function, version)?;
-    let given: Vec<(Option<GpuSpecificationId>, bool, GpuSpecification)> =
-        std::mem::take(&mut request.deployment_specifications)
-            .into_iter()
-            .enumerate()
-            .map(|(at, spec)| {
-                let concurrency = spec.max_request_concurrency.is_some();
-                let id = spec.gpu_specification_id;
-                spec.checked(at).map(|checked| (id, concurrency, checked))
-            })
-            .collect::<Result<_, _>>()?;
     let view = change(&api, (function, version), |deployment| {
+        let mut request = completed(&given, deployment)?;
+        let given: Vec<(Option<GpuSpecificationId>, bool, GpuSpecification)> =
+            std::mem::take(&mut request.deployment_specifications)
+                .into_iter()
+                .enumerate()
+                .map(|(at, spec)| {
+                    let concurrency = spec.max_request_concurrency.is_some();
+                    let id = spec.gpu_specification_id;
+                    spec.checked(at).map(|checked| (id, concurrency, checked))
+                })
+                .collect::<Result<_, _>>()?;
         let alone = given.len() == 1 && deployment.specifications.len() == 1;
         for (at, (id, concurrency, new)) in given.iter().enumerate() {
             let at = format!("deploymentSpecifications[{at}]");

@@ -42,6 +42,7 @@ pub(crate) fn finished(description: &OpenApi) -> Value {
     links(&mut all["paths"]);
     let schemas = &mut all["components"]["schemas"];
     rules(schemas);
+    update_of_a_deployment(&mut all);
     let (asked, told) = (
         reached(&all["paths"], schemas_of(&all), "requestBody"),
         reached(&all["paths"], schemas_of(&all), "responses"),
@@ -470,6 +471,40 @@ fn nothing(members: &[&str]) -> Value {
         .iter()
         .map(|member| ((*member).to_owned(), json!({"type": "null"})));
     json!({"properties": none.collect::<Map<_, _>>()})
+}
+
+/// The body of a deployment's PUT: that of its POST, and nothing of it is needed.
+fn update_of_a_deployment(all: &mut Value) {
+    let path = "/deployments/functions/{functionId}/versions/{functionVersionId}";
+    for (name, item) in all["paths"].as_object_mut().into_iter().flatten() {
+        if name.ends_with(path) {
+            let content = &mut item["put"]["requestBody"]["content"]["application/json"];
+            content["schema"] = json!({"$ref": "#/components/schemas/DeploymentUpdate"});
+        }
+    }
+    let schemas = &mut all["components"]["schemas"];
+    let mut specification = schemas["SpecificationRequest"].clone();
+    specification["description"] =
+        "What changes of one entry of `deploymentSpecifications`; what is left out stays.".into();
+    let mut update = schemas["DeploymentRequest"].clone();
+    update["description"] =
+        "What changes of a deployment. What is left out stays, also inside `autoscaling`, `queue` and `routing`."
+            .into();
+    update["example"] = json!({"queue": {"maxRequests": 100}});
+    let specifications = &mut update["properties"]["deploymentSpecifications"];
+    specifications["description"] = "Those to change.".into();
+    specifications["minItems"] = 0.into();
+    specifications["items"] = json!({"$ref": "#/components/schemas/SpecificationUpdate"});
+    for (name, mut schema) in [
+        ("SpecificationUpdate", specification),
+        ("DeploymentUpdate", update),
+    ] {
+        if let Value::Object(schema) = &mut schema {
+            schema.remove("required");
+            schema.remove("allOf");
+        }
+        schemas[name] = schema;
+    }
 }
 
 /// A list of rates, each of the units at most once.

@@ -59,6 +59,11 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
             "the body has to be a JSON object, such as {\"name\": \"a\"}: see /openapi.json for its members",
         ));
     }
+    read(value)
+}
+
+/// What a value says; what is wrong is named by its path.
+pub(crate) fn read<T: DeserializeOwned>(value: Value) -> Result<T, Problem> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
         wrong(&path, &error.into_inner().to_string())

@@ -1,6 +1,6 @@
 //! `weir deploy`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::bail;
 use reqwest::Method;
@@ -116,9 +116,26 @@ struct DeploySpec {
     /// Longest time for an instance's requests to end when it goes, ISO 8601
     #[arg(long, value_name = "DURATION")]
     drain_timeout: Option<IsoDuration>,
-    /// Share of the function's requests, beside the weights of its other versions
+    /// Share of the function's requests, beside the weights of its other versions; `none` takes it back
     #[arg(long, value_name = "N")]
-    traffic_weight: Option<u32>,
+    traffic_weight: Option<Weight>,
+}
+
+/// A share, or none: by ready capacity.
+#[derive(Debug, Clone, Copy)]
+struct Weight(Option<u32>);
+
+impl FromStr for Weight {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "none" => Ok(Self(None)),
+            number => number
+                .parse()
+                .map(|n| Self(Some(n)))
+                .map_err(|_| "must be a whole number, or none".into()),
+        }
+    }
 }
 
 impl DeploySpec {
@@ -133,10 +150,9 @@ impl DeploySpec {
         Ok(with_defaults(body).into())
     }
 
-    fn update_body(&self, deployment: &Value) -> anyhow::Result<Value> {
-        let mut body = changeable(deployment);
-        body.extend(self.base()?);
-        Ok(self.over(body)?.into())
+    /// Only what is named: the server keeps the rest, so that nobody else's change is undone.
+    fn update_body(&self) -> anyhow::Result<Value> {
+        Ok(self.over(folded(self.base()?))?.into())
     }
 
     /// The body with what the flags say put over it.
@@ -188,7 +204,7 @@ impl DeploySpec {
         for (member, value) in [
             ("startTimeout", duration(self.start_timeout)),
             ("drainTimeout", duration(self.drain_timeout)),
-            ("trafficWeight", self.traffic_weight.map(Value::from)),
+            ("trafficWeight", self.traffic_weight.map(|w| w.0.into())),
         ] {
             if let Some(value) = value {
                 body.insert(member.into(), value);
@@ -207,14 +223,35 @@ const SHORT: [&str; 5] = [
     "maxRequestConcurrency",
 ];
 
-/// The body with every required member: no GPU, none to one instance, one request at a time.
-pub(super) fn with_defaults(mut body: Map<String, Value>) -> Map<String, Value> {
+/// The body with those members where the server has them.
+fn folded(mut body: Map<String, Value>) -> Map<String, Value> {
     let mut short = Map::new();
     for member in SHORT {
         if let Some(value) = body.remove(member) {
             short.insert(member.into(), value);
         }
     }
+    if short.is_empty() {
+        return body;
+    }
+    let specifications = body
+        .entry("deploymentSpecifications")
+        .or_insert_with(|| json!([{}]));
+    for specification in specifications.as_array_mut().into_iter().flatten() {
+        if let Value::Object(specification) = specification {
+            for (member, value) in &short {
+                specification
+                    .entry(member.as_str())
+                    .or_insert_with(|| value.clone());
+            }
+        }
+    }
+    body
+}
+
+/// The body with every required member: no GPU, none to one instance, one request at a time.
+pub(super) fn with_defaults(body: Map<String, Value>) -> Map<String, Value> {
+    let mut body = folded(body);
     let specifications = body
         .entry("deploymentSpecifications")
         .or_insert_with(|| json!([{}]));
@@ -222,11 +259,6 @@ pub(super) fn with_defaults(mut body: Map<String, Value>) -> Map<String, Value> 
         let Value::Object(specification) = specification else {
             continue;
         };
-        for (member, value) in &short {
-            specification
-                .entry(member.as_str())
-                .or_insert_with(|| value.clone());
-        }
         let mut default =
             |member: &str, value: Value| specification.entry(member).or_insert(value).clone();
         default("gpu", "none".into());
@@ -317,8 +349,7 @@ impl Deploys {
             DeployCommand::Update { target, spec, wait } => {
                 let row = find(&client, &target, Unnamed::Deployed).await?;
                 let path = deployment_path(row.id, row.version_id);
-                let now = client.get(&path).await?;
-                let body = spec.update_body(&now["deployment"])?;
+                let body = spec.update_body()?;
                 // Only to tell old failures from new ones: a key that may not see them does without.
                 let there = client.instances(Some(row.version_id)).await;
                 let old = failures(&there.unwrap_or_default().1);
@@ -380,6 +411,10 @@ pub(super) async fn undeploy(
     let path = deployment_path(function, version);
     let end = Instant::now() + limit;
     let mut answer = client.delete(&format!("{path}?graceful=true")).await;
+    if answer.is_err() && client.get(&path).await.as_ref().is_err_and(is_not_found) {
+        // Somebody ended it, or it had ended already.
+        return Ok(true);
+    }
     let mut pause = Duration::from_millis(50);
     loop {
         match answer {
@@ -424,7 +459,7 @@ mod tests {
             idle_timeout: Some(IsoDuration::secs(90)),
             target_utilization: Some(0.5),
             busy_timeout: Some(IsoDuration::secs(5)),
-            traffic_weight: Some(10),
+            traffic_weight: Some(Weight(Some(10))),
             ..DeploySpec::default()
         };
         assert_eq!(
@@ -442,24 +477,23 @@ mod tests {
     }
 
     #[test]
-    fn an_update_keeps_what_is_not_named() {
-        let deployment = json!({
-            "deploymentId": "d", "functionStatus": "ACTIVE", "createdAt": "t",
-            "deploymentSpecifications": [{"gpuSpecificationId": "g", "minInstances": 0, "maxInstances": 1}],
-            "queue": {"maxRequests": 7, "busyTimeout": "PT1S"},
-        });
+    fn an_update_names_what_changes_and_nothing_else() {
         let spec = DeploySpec {
             max: Some(3),
             queue_max: Some(8),
+            traffic_weight: Some("none".parse().unwrap()),
             ..DeploySpec::default()
         };
         assert_eq!(
-            spec.update_body(&deployment).unwrap(),
+            spec.update_body().unwrap(),
             json!({
-                "deploymentSpecifications": [{"gpuSpecificationId": "g", "minInstances": 0, "maxInstances": 3}],
-                "queue": {"maxRequests": 8, "busyTimeout": "PT1S"},
+                "deploymentSpecifications": [{"maxInstances": 3}],
+                "queue": {"maxRequests": 8},
+                "trafficWeight": null,
             })
         );
+        assert_eq!(DeploySpec::default().update_body().unwrap(), json!({}));
+        assert!("-1".parse::<Weight>().is_err() && "all".parse::<Weight>().is_err());
     }
 
     #[test]

@@ -372,6 +372,83 @@ async fn an_apply_is_shown_done_and_counted() {
     );
 }
 
+/// The versions there are: their IDs and states.
+async fn versions(server: &Server) -> Vec<(String, String)> {
+    let all = server.get("/v2/nvcf/functions").await;
+    let all = all["functions"].as_array().unwrap();
+    all.iter()
+        .map(|version| (text(&version["versionId"]), text(&version["status"])))
+        .collect()
+}
+
+/// What `weir deploy get` shows.
+async fn deployment(server: &Server, name: &str) -> Value {
+    let words = ["deploy", "get", name, "--output", "json"];
+    weir(server, &words).await.json()["deployment"].take()
+}
+
+#[tokio::test]
+async fn updates_at_once_are_all_kept() {
+    let server = Server::start();
+    let create = ["function", "create", "one", "--", WEIR, "sample-function"];
+    assert_eq!(weir(&server, &create).await.code, 0);
+    let create = [
+        "deploy",
+        "create",
+        "one",
+        "--max",
+        "9",
+        "--traffic-weight",
+        "5",
+    ];
+    assert_eq!(weir(&server, &create).await.code, 0);
+
+    let changes = [
+        ["--max", "5"],
+        ["--concurrency", "3"],
+        ["--queue-max", "7"],
+        ["--idle-timeout", "PT9S"],
+        ["--busy-timeout", "PT8S"],
+        ["--traffic-weight", "none"],
+    ];
+    let updates = changes.map(|change| {
+        let server = &server;
+        async move {
+            let words = [&["deploy", "update", "one", "--no-wait"], &change[..]].concat();
+            weir(server, &words).await
+        }
+    });
+    for ran in futures_util::future::join_all(updates).await {
+        assert_eq!(ran.code, 0, "{}", ran.err);
+    }
+    let now = deployment(&server, "one").await;
+    let spec = &now["deploymentSpecifications"][0];
+    assert_eq!(
+        json!([
+            spec["minInstances"],
+            spec["maxInstances"],
+            spec["maxRequestConcurrency"],
+            now["queue"]["maxRequests"],
+            now["queue"]["busyTimeout"],
+            now["autoscaling"]["idleTimeout"],
+            now["trafficWeight"],
+        ]),
+        json!([0, 5, 3, 7, "PT8S", "PT9S", null])
+    );
+
+    let wrong = weir(&server, &["deploy", "update", "one", "--min", "6"]).await;
+    wrong.failed(&["minInstances: 6 is more than maxInstances, 5"]);
+    let version = &versions(&server).await[0].0;
+    let function = text(&now["functionId"]);
+    let path = format!("/v2/nvcf/deployments/functions/{function}/versions/{version}");
+    let nothing = json!({"deploymentSpecifications": [{}]});
+    let answer = server.api(reqwest::Method::PUT, &path).json(&nothing);
+    let answer: Value = answer.send().await.unwrap().json().await.unwrap();
+    let mut same = answer["deployment"].clone();
+    same["lastUpdatedAt"] = now["lastUpdatedAt"].clone();
+    assert_eq!(same, now, "what is left out stays");
+}
+
 #[tokio::test]
 async fn a_file_that_is_wrong_is_told_where() {
     let server = Server::start();
