@@ -8,7 +8,7 @@ use super::{
     Common,
     api::Client,
     id::Id,
-    list,
+    list, note,
     table::{self, Column},
     text,
 };
@@ -19,7 +19,7 @@ pub struct Logs {
     common: Common,
     /// The instance's ID, also of one that is gone; `weir status --instances` shows those there are
     instance: Id,
-    /// The last lines only
+    /// The last lines only, at most 100000 [default: 1000, and says so where there are more]
     #[arg(long, value_name = "N")]
     tail: Option<usize>,
 }
@@ -49,18 +49,26 @@ impl Logs {
                     })?
             }
         };
-        let mut path = format!("/v2/weir/instances/{instance}/logs");
-        if let Some(tail) = self.tail {
-            path += &format!("?tail={tail}");
-        }
+        // One more than is shown by itself tells whether that is all.
+        let asked = self.tail.unwrap_or(SHOWN + 1);
+        let path = format!("/v2/weir/instances/{instance}/logs?tail={asked}");
         let bytes = client.bytes(Method::GET, &path, None).await?;
-        super::write_out(last_lines(&bytes, self.tail))
+        let shown = last_lines(&bytes, self.tail.unwrap_or(SHOWN));
+        super::write_out(shown)?;
+        if self.tail.is_none() && shown.len() < bytes.len() {
+            note(&format!(
+                "these are the last {SHOWN} lines: --tail N shows more of them"
+            ));
+        }
+        Ok(())
     }
 }
 
-/// The last lines, whole ones; all of them where no number is given.
-fn last_lines(bytes: &[u8], count: Option<usize>) -> &[u8] {
-    let Some(count) = count else { return bytes };
+/// Lines that are shown where no number is given.
+const SHOWN: usize = 1000;
+
+/// The last lines, whole ones.
+fn last_lines(bytes: &[u8], count: usize) -> &[u8] {
     let end = bytes.len() - usize::from(bytes.ends_with(b"\n"));
     let mut ends = bytes[..end]
         .iter()
@@ -78,9 +86,6 @@ const COLUMNS: &[Column] = &[
     table::name("node"),
     table::plain("gpu"),
     table::plain("name"),
-    table::plain("memory"),
-    table::plain("driver"),
-    table::id("instance"),
 ];
 
 impl Gpu {
@@ -94,41 +99,13 @@ impl Gpu {
 
 /// A row for each GPU of a node; one that says there is none for the others.
 fn node_rows(node: &Value) -> Vec<Vec<String>> {
-    let first = |value: &Value, members: &[&str]| {
-        members
-            .iter()
-            .map(|member| text(value, member))
-            .find(|text| !text.is_empty())
-            .unwrap_or_default()
-    };
-    let name = first(node, &["name", "node", "id"]);
-    let driver = first(node, &["driverVersion", "driver"]);
+    let name = text(node, "name");
     let gpus = list(node, "gpus");
     if gpus.is_empty() {
-        let why = first(node, &["gpuError", "detail"]);
-        let why = if why.is_empty() { "none".into() } else { why };
-        return vec![vec![name, "-".into(), why, "".into(), driver, "".into()]];
+        return vec![vec![name, "-".into(), "none".into()]];
     }
     gpus.iter()
-        .enumerate()
-        .map(|(index, gpu)| {
-            let number = first(gpu, &["index", "id"]);
-            vec![
-                name.clone(),
-                if number.is_empty() {
-                    index.to_string()
-                } else {
-                    number
-                },
-                match gpu {
-                    Value::String(name) => name.clone(),
-                    gpu => first(gpu, &["name", "gpu"]),
-                },
-                first(gpu, &["memoryBytes", "memory", "memoryTotal"]),
-                driver.clone(),
-                first(gpu, &["instanceId", "instance", "usedBy"]),
-            ]
-        })
+        .map(|gpu| vec![name.clone(), text(gpu, "index"), text(gpu, "name")])
         .collect()
 }
 
@@ -140,17 +117,16 @@ mod tests {
 
     #[test]
     fn the_last_lines_are_whole() {
-        let cases: [(&[u8], Option<usize>, &[u8]); 7] = [
-            (b"a\nb\nc\n", None, b"a\nb\nc\n"),
-            (b"a\nb\nc\n", Some(2), b"b\nc\n"),
-            (b"a\nb\nc", Some(1), b"c"),
-            (b"a\nb\nc\n", Some(9), b"a\nb\nc\n"),
-            (b"a\n", Some(0), b""),
-            (b"", Some(3), b""),
-            (b"\n\n\n", Some(2), b"\n\n"),
+        let cases: [(&[u8], usize, &[u8]); 6] = [
+            (b"a\nb\nc\n", 2, b"b\nc\n"),
+            (b"a\nb\nc", 1, b"c"),
+            (b"a\nb\nc\n", 9, b"a\nb\nc\n"),
+            (b"a\n", 0, b""),
+            (b"", 3, b""),
+            (b"\n\n\n", 2, b"\n\n"),
         ];
         for (bytes, count, expected) in cases {
-            assert_eq!(last_lines(bytes, count), expected, "{bytes:?} {count:?}");
+            assert_eq!(last_lines(bytes, count), expected, "{bytes:?} {count}");
         }
     }
 

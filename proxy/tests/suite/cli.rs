@@ -450,6 +450,41 @@ async fn updates_at_once_are_all_kept() {
 }
 
 #[tokio::test]
+async fn logs_say_where_they_are_a_part() {
+    let server = Server::with(&["--gpus", "H100:1"]);
+    let script = format!("seq 1500; exec {WEIR} sample-function");
+    let create = ["function", "create", "one", "--", "sh", "-c", &script];
+    assert_eq!(weir(&server, &create).await.code, 0);
+    let create = ["deploy", "create", "one", "--min", "1"];
+    assert_eq!(weir(&server, &create).await.code, 0);
+    let all = server.get("/v2/weir/instances").await;
+    let instance = text(&all["instances"][0]["id"]);
+    // It is ready, and what it wrote before may be on its way.
+    let whole = loop {
+        let whole = weir(&server, &["logs", &instance, "--tail", "2000"]).await;
+        if whole.out.contains("\n1500\n") {
+            break whole;
+        }
+    };
+    assert_eq!(whole.err, "");
+    let part = weir(&server, &["logs", &instance]).await;
+    assert_eq!(part.out.lines().count(), 1000);
+    assert!(whole.out.ends_with(&part.out), "{}", part.out);
+    assert_eq!(
+        part.err,
+        "these are the last 1000 lines: --tail N shows more of them\n"
+    );
+
+    let gpus = weir(&server, &["gpu"]).await.out;
+    let rows: Vec<Vec<&str>> = gpus
+        .lines()
+        .map(|l| l.split_whitespace().collect())
+        .collect();
+    assert_eq!(rows[0], ["NODE", "GPU", "NAME"]);
+    assert_eq!(rows[1][1..], ["0", "H100"]);
+}
+
+#[tokio::test]
 async fn a_file_that_is_wrong_is_told_where() {
     let server = Server::start();
     let directory = tempfile::tempdir().unwrap();
