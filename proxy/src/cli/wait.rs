@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use reqwest::Method;
@@ -94,6 +94,33 @@ pub(super) fn failures(instances: &[Instance]) -> Failures {
         .collect()
 }
 
+/// What an instance that finds no free GPU is, to whom waits for its version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NoGpu {
+    /// A failure as any other.
+    Fails,
+    /// [`Short`], at once: the caller knows who has the GPU.
+    Told,
+    /// Nothing: one is about to be free, and the instance takes it.
+    Awaited,
+}
+
+/// The version's instances find no free GPU.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Short(String);
+
+/// The version is in ERROR.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Failed(String);
+
+/// The agent's words for it.
+fn finds_no_gpu(instance: &Instance) -> bool {
+    let error = instance.error.as_deref().unwrap_or_default();
+    instance.state == InstanceState::Error && error.starts_with("no free GPU")
+}
+
 /// A version that is waited for.
 pub(super) struct Awaited<'a> {
     pub(super) client: &'a Client,
@@ -101,6 +128,7 @@ pub(super) struct Awaited<'a> {
     pub(super) function: Uuid,
     pub(super) version: Uuid,
     pub(super) old: Failures,
+    pub(super) no_gpu: NoGpu,
 }
 
 impl<'a> Awaited<'a> {
@@ -111,6 +139,7 @@ impl<'a> Awaited<'a> {
             function: row.id,
             version: row.version_id,
             old: Failures::new(),
+            no_gpu: NoGpu::Fails,
         }
     }
 
@@ -144,9 +173,19 @@ impl<'a> Awaited<'a> {
                 );
             }
             deployed |= status != "INACTIVE";
-            let news = !failures(&instances).is_subset(&self.old);
-            if status == "ERROR" && (news || since.elapsed() > OLD_FAILURE) {
-                return Err(self.failed(&instances).await);
+            let short = instances.iter().find(|i| finds_no_gpu(i));
+            if let (NoGpu::Told, Some(short)) = (self.no_gpu, short) {
+                let why = short.error.clone().unwrap_or_default();
+                return Err(Short(why).into());
+            }
+            let awaits = self.no_gpu == NoGpu::Awaited;
+            let news = instances
+                .iter()
+                .filter(|i| i.state == InstanceState::Error && !(awaits && finds_no_gpu(i)))
+                .any(|i| !self.old.contains(&(i.id.0, i.restarts)));
+            let stale = !awaits && since.elapsed() > OLD_FAILURE;
+            if status == "ERROR" && (news || stale) {
+                return Err(Failed(self.failed(&instances).await).into());
             }
             if since.elapsed() >= limit {
                 let told: Vec<String> = instances
@@ -187,7 +226,7 @@ impl<'a> Awaited<'a> {
     }
 
     /// Why, and the last words of one that failed.
-    async fn failed(&self, instances: &[Instance]) -> anyhow::Error {
+    async fn failed(&self, instances: &[Instance]) -> String {
         let mut said = format!("version {} of {} is in ERROR", self.version, self.name);
         let failed: Vec<&Instance> = instances
             .iter()
@@ -200,7 +239,7 @@ impl<'a> Awaited<'a> {
             said = format!("{said}: {}", reasons.join("; "));
         }
         let Some(one) = failed.first() else {
-            return anyhow!(
+            return format!(
                 "{said}\ntry: `weir status {}` shows its instances",
                 self.function
             );
@@ -210,7 +249,7 @@ impl<'a> Awaited<'a> {
         let log = log.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         let log = log.unwrap_or_default();
         if log.trim().is_empty() {
-            return anyhow!(
+            return format!(
                 "{said}\ntry: `weir status {}` shows its instances",
                 self.function
             );
@@ -219,7 +258,7 @@ impl<'a> Awaited<'a> {
             .lines()
             .map(|line| format!("\n  | {}", one_line(line)))
             .collect();
-        anyhow!(
+        format!(
             "{said}\nthe last lines of instance {}:{}\ntry: `weir logs {}` shows more of them",
             one.id,
             lines.concat(),

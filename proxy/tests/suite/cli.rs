@@ -372,6 +372,16 @@ async fn an_apply_is_shown_done_and_counted() {
     );
 }
 
+/// Applies this one function and nothing else.
+async fn apply_one(server: &Server, entry: &Value, more: &[&str]) -> Ran {
+    let directory = tempfile::tempdir().unwrap();
+    let mut entry = entry.clone();
+    entry["process"]["workingDir"] = json!("/");
+    let path = file(directory.path(), &json!([entry]));
+    let words = [&["apply", "-f", path.to_str().unwrap()], more].concat();
+    weir(server, &words).await
+}
+
 /// The versions there are: their IDs and states.
 async fn versions(server: &Server) -> Vec<(String, String)> {
     let all = server.get("/v2/nvcf/functions").await;
@@ -385,6 +395,153 @@ async fn versions(server: &Server) -> Vec<(String, String)> {
 async fn deployment(server: &Server, name: &str) -> Value {
     let words = ["deploy", "get", name, "--output", "json"];
     weir(server, &words).await.json()["deployment"].take()
+}
+
+#[tokio::test]
+async fn a_change_is_applied_where_the_old_version_has_the_only_gpu() {
+    let server = Server::with(&["--gpus", "H100:1"]);
+    let deployment = |max: u32| json!({"gpu": "H100", "instanceType": "H100_1x", "minInstances": 1, "maxInstances": max});
+    let first = entry("one", &[], deployment(1));
+    assert_eq!(apply_one(&server, &first, &[]).await.code, 0);
+    let before = versions(&server).await;
+
+    let more = entry("one", &[], deployment(2));
+    let ran = apply_one(&server, &more, &[]).await;
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(
+        ran.out.starts_with("one: deployment changed\n"),
+        "{}",
+        ran.out
+    );
+    assert_eq!(versions(&server).await, before, "no new version");
+    let now = self::deployment(&server, "one").await;
+    assert_eq!(now["deploymentSpecifications"][0]["maxInstances"], 2);
+
+    let changed = entry("one", &["--fail-ratio", "0"], deployment(2));
+    let ran = apply_one(&server, &changed, &[]).await;
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    for part in [
+        "no free GPU of type H100",
+        &before[0].0,
+        "is undeployed first",
+    ] {
+        assert!(ran.err.contains(part), "{part:?} in {}", ran.err);
+    }
+    let after = versions(&server).await;
+    assert_eq!(after.len(), 1, "the old one is gone");
+    assert_eq!(after[0].1, "ACTIVE");
+    assert_ne!(after[0].0, before[0].0);
+
+    // One that fails where it has made the old one go brings it back.
+    let broken = entry("one", &["--fail-start"], deployment(2));
+    let ran = apply_one(&server, &broken, &[]).await;
+    ran.failed(&[
+        "is in ERROR: exited with status 1",
+        "is deleted again; --keep-failed keeps it",
+        &format!("version {} is deployed again as it was", after[0].0),
+    ]);
+    assert_eq!(versions(&server).await, after);
+    let now = self::deployment(&server, "one").await;
+    assert_eq!(now["deploymentSpecifications"][0]["maxInstances"], 2);
+}
+
+#[tokio::test]
+async fn a_version_that_failed_is_not_left_behind() {
+    let server = Server::start();
+    let good = entry("one", &[], json!({"minInstances": 1}));
+    let broken = entry("one", &["--fail-start"], json!({"minInstances": 1}));
+    let again = [
+        "is deleted again; --keep-failed keeps it",
+        "| error: --fail-start",
+    ];
+    apply_one(&server, &broken, &[]).await.failed(&again);
+    assert_eq!(versions(&server).await, [], "nor is its function");
+
+    assert_eq!(apply_one(&server, &good, &[]).await.code, 0);
+    let before = versions(&server).await;
+    apply_one(&server, &broken, &[]).await.failed(&again);
+    assert_eq!(versions(&server).await, before, "and the old one serves");
+
+    let ran = apply_one(&server, &broken, &["--keep-failed"]).await;
+    ran.failed(&["is in ERROR"]);
+    assert!(!ran.err.contains("deleted"), "{}", ran.err);
+    let kept = versions(&server).await;
+    assert_eq!(kept.len(), 2);
+    assert!(kept.contains(&before[0]), "{kept:?}");
+
+    // What the file says again is there already; the other goes.
+    assert_eq!(apply_one(&server, &good, &[]).await.code, 0);
+    assert_eq!(versions(&server).await, before);
+}
+
+#[tokio::test]
+async fn an_apply_undoes_what_was_changed_by_hand() {
+    let server = Server::start();
+    let said = json!({"maxInstances": 2, "autoscaling": {"idleTimeout": "PT60S"}});
+    let one = entry("one", &[], said);
+    assert_eq!(apply_one(&server, &one, &[]).await.code, 0);
+    let before = (versions(&server).await, deployment(&server, "one").await);
+
+    let update = [
+        "deploy",
+        "update",
+        "one",
+        "--queue-max",
+        "3",
+        "--concurrency",
+        "4",
+        "--traffic-weight",
+        "7",
+    ];
+    let ran = weir(&server, &update).await;
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let now = deployment(&server, "one").await;
+    assert_eq!(
+        (&now["queue"]["maxRequests"], &now["trafficWeight"]),
+        (&json!(3), &json!(7))
+    );
+    let dry = apply_one(&server, &one, &["--dry-run"]).await.out;
+    for line in [
+        "~ one: its deployment",
+        "    ~ deployment.queue.maxRequests: 3 -> 1000",
+        "    ~ deployment.deploymentSpecifications[0].maxRequestConcurrency: 4 -> 1",
+        "    - deployment.trafficWeight: 7",
+    ] {
+        assert!(dry.contains(line), "{line}: {dry}");
+    }
+    let ran = apply_one(&server, &one, &[]).await;
+    assert!(
+        ran.out.starts_with("one: deployment changed\n"),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+    let mut now = deployment(&server, "one").await;
+    now["lastUpdatedAt"] = before.1["lastUpdatedAt"].clone();
+    assert_eq!((versions(&server).await, now), before);
+    let ran = apply_one(&server, &one, &[]).await;
+    assert!(ran.out.starts_with("one: unchanged\n"), "{}", ran.out);
+}
+
+#[tokio::test]
+async fn an_apply_waits_for_what_is_not_active_yet() {
+    let server = Server::start();
+    // It never becomes ready while this test lasts.
+    let slow = entry(
+        "slow",
+        &["--start-delay-ms", "3600000"],
+        json!({"minInstances": 1}),
+    );
+    let ran = apply_one(&server, &slow, &["--no-wait"]).await;
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let dry = apply_one(&server, &slow, &["--dry-run"]).await.out;
+    assert!(
+        dry.starts_with("= slow: unchanged, and DEPLOYING: waited for\n"),
+        "{dry}"
+    );
+    let ran = apply_one(&server, &slow, &["--timeout", "PT0.2S"]).await;
+    ran.failed(&["is DEPLOYING after PT0.2S, and not yet ACTIVE"]);
+    assert_eq!(versions(&server).await.len(), 1, "it may come yet");
 }
 
 #[tokio::test]
@@ -503,6 +660,10 @@ async fn a_file_that_is_wrong_is_told_where() {
                 "f.yaml:3:29: functions[0].deployment.minInstance: ",
                 "did you mean minInstances?",
             ],
+        ),
+        (
+            "functions:\n- name: a\n  endpoints: ['http://127.0.0.1:9']\n  tags: mine",
+            &["f.yaml:4:9: functions[0].tags: must be a list, not \"mine\""],
         ),
         (
             "functions:\n- name: a\n  process: {command: []}\n  deployment: {}",

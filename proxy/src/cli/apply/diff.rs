@@ -3,6 +3,7 @@
 //! Both sides are brought to one shape first: what the server adds by itself is
 //! added to what the file says, so that only what people wrote is told.
 
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 use weir_control::model::{Autoscaling, IsoDuration, QueueSettings, Routing};
 
@@ -12,7 +13,7 @@ use super::{
         screen::{BAD, GOOD, Screen, UNDERWAY},
         table::one_line,
     },
-    file::{DIGEST, NAME, OWNER},
+    file::{DIGEST, NAME, OWNER, of_a_deployment, of_a_specification},
 };
 
 /// A field and its values; at least one is there.
@@ -143,18 +144,110 @@ pub(super) fn as_made(body: &Map<String, Value>, deployment: Option<&Map<String,
         body.entry(member).or_insert(default);
     }
     if let Some(deployment) = deployment {
-        let mut all = json!({
-            "autoscaling": Autoscaling::default(),
-            "queue": QueueSettings::default(),
-            "routing": Routing::default(),
-            "startTimeout": IsoDuration::secs(600),
-            "drainTimeout": IsoDuration::secs(300),
-            "cancelTimeout": IsoDuration::secs(5),
-        });
-        over(&mut all, Some(deployment.clone().into()));
-        body.insert("deployment".into(), all);
+        body.insert("deployment".into(), whole(deployment));
     }
     tidied(body)
+}
+
+/// A deployment with the server's defaults, and without what the server takes no notice of.
+fn whole(deployment: &Map<String, Value>) -> Value {
+    let mut all = json!({
+        "autoscaling": Autoscaling::default(),
+        "queue": QueueSettings::default(),
+        "routing": Routing::default(),
+        "startTimeout": IsoDuration::secs(600),
+        "drainTimeout": IsoDuration::secs(300),
+        "cancelTimeout": IsoDuration::secs(5),
+    });
+    over(&mut all, Some(deployment.clone().into()));
+    as_read::<Autoscaling>(&mut all["autoscaling"]);
+    as_read::<QueueSettings>(&mut all["queue"]);
+    as_read::<Routing>(&mut all["routing"]);
+    if let Value::Object(all) = &mut all {
+        all.retain(|name, _| of_a_deployment(name));
+        for spec in specifications(all) {
+            spec.retain(|name, _| of_a_specification(name));
+        }
+    }
+    all
+}
+
+/// As the server writes it once it has read it; what it would refuse stays as it is.
+fn as_read<T: Serialize + DeserializeOwned>(value: &mut Value) {
+    let read = serde_json::from_value::<T>(value.clone());
+    if let Some(read) = read.ok().and_then(|read| serde_json::to_value(read).ok()) {
+        *value = read;
+    }
+}
+
+/// What brings a deployment that is there to what the file says.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Update {
+    pub(super) fields: Vec<Field>,
+    /// The body of a PUT.
+    pub(super) body: Value,
+    /// The specifications whose `autoscalingConfiguration` goes: a PUT keeps it.
+    pub(super) unconfigured: Vec<String>,
+}
+
+/// How a deployment that is there differs from the file's.
+#[derive(Debug, PartialEq)]
+pub(super) enum Difference {
+    None,
+    Update(Update),
+    /// In what is fixed for as long as a version is deployed.
+    Fixed,
+}
+
+/// `there` is as the server tells of it.
+pub(super) fn difference(there: &Value, wanted: &Map<String, Value>) -> Difference {
+    let mut told = super::super::deploy::changeable(there);
+    let mut body = whole(wanted);
+    let Value::Object(made) = &mut body else {
+        return Difference::None;
+    };
+    let named: Vec<_> = specifications(made).map(|spec| spec.clone()).collect();
+    let mut ids = Vec::new();
+    let mut unconfigured = Vec::new();
+    for (at, spec) in specifications(&mut told).enumerate() {
+        let id = spec.remove("gpuSpecificationId").unwrap_or_default();
+        let fixed = ["gpu", "instanceType"];
+        let Some(named) = named.get(at).filter(|named| {
+            fixed
+                .iter()
+                .all(|member| named.get(*member) == spec.get(*member))
+        }) else {
+            return Difference::Fixed;
+        };
+        let configured = |spec: &Map<String, Value>| spec.contains_key("autoscalingConfiguration");
+        if configured(spec) && !configured(named) {
+            unconfigured.push(id.as_str().unwrap_or_default().to_owned());
+        }
+        // The others that the file leaves out have no effect, and can't be taken back.
+        spec.retain(|name, _| name == "autoscalingConfiguration" || named.contains_key(name));
+        ids.push(id);
+    }
+    if ids.len() != named.len() {
+        return Difference::Fixed;
+    }
+    let side = |deployment: Value| {
+        let mut side = Map::new();
+        side.insert("deployment".into(), deployment);
+        tidied(side)
+    };
+    let fields = diff(&side(told.into()), &side(made.clone().into()));
+    if fields.is_empty() {
+        return Difference::None;
+    }
+    made.entry("trafficWeight").or_insert(Value::Null);
+    for (spec, id) in specifications(made).zip(ids) {
+        spec.insert("gpuSpecificationId".into(), id);
+    }
+    Difference::Update(Update {
+        fields,
+        body,
+        unconfigured,
+    })
 }
 
 /// Puts what is given over what is there, members of objects one by one.
@@ -165,8 +258,8 @@ fn over(there: &mut Value, given: Option<Value>) {
                 over(there.entry(name).or_insert(Value::Null), Some(value));
             }
         }
+        (_, None | Some(Value::Null)) => {}
         (there, Some(given)) => *there = given,
-        (_, None) => {}
     }
 }
 
@@ -178,7 +271,7 @@ fn specifications(
     all.filter_map(Value::as_object_mut)
 }
 
-/// Without apply's own tags, variables by their names, durations in one way of writing.
+/// Without apply's own tags, variables by their names, durations and numbers in one way of writing.
 fn tidied(mut body: Map<String, Value>) -> Value {
     if let Some(Value::Array(tags)) = body.get_mut("tags") {
         let own = |tag: &Value| {
@@ -197,21 +290,30 @@ fn tidied(mut body: Map<String, Value>) -> Value {
         }
     }
     let mut body = Value::from(body);
-    same_durations(&mut body, "");
+    same_writing(&mut body, "");
     body
 }
 
-fn same_durations(value: &mut Value, name: &str) {
+fn same_writing(value: &mut Value, name: &str) {
     match value {
         Value::Object(members) => {
             for (name, value) in members {
-                same_durations(value, name);
+                same_writing(value, name);
             }
         }
-        Value::Array(entries) => entries.iter_mut().for_each(|v| same_durations(v, "")),
+        Value::Array(entries) => entries.iter_mut().for_each(|v| same_writing(v, "")),
         Value::String(text) if is_duration(name) => {
             if let Ok(duration) = text.parse::<IsoDuration>() {
                 *text = duration.to_string();
+            }
+        }
+        Value::Number(number) => {
+            // As the server has it, 2.0 is 2.
+            let whole = number
+                .as_f64()
+                .filter(|n| n.fract() == 0.0 && n.abs() < 1e15);
+            if let Some(whole) = whole {
+                *value = (whole as i64).into();
             }
         }
         _ => {}
@@ -295,6 +397,71 @@ mod tests {
         let mut lines = lines;
         lines.sort_unstable();
         assert_eq!(lines, expected);
+    }
+
+    #[test]
+    fn a_deployment_is_compared_as_it_is() {
+        let wanted = |text: &str| {
+            let text = format!("functions: [{{name: a, endpoints: [x], deployment: {text}}}]");
+            let dir = std::path::Path::new("/srv");
+            let all = super::super::file::parse(&text, "f.yaml", dir, "weir").unwrap();
+            all[0].deployment.clone().unwrap()
+        };
+        let there = json!({
+            "deploymentId": "d", "functionStatus": "ACTIVE", "trafficWeight": 3,
+            "deploymentSpecifications": [{
+                "gpuSpecificationId": "g", "gpu": "H100", "instanceType": "H100_1x",
+                "minInstances": 1, "maxInstances": 2, "maxRequestConcurrency": 1,
+                "regions": ["r"], "autoscalingConfiguration": {"scaleUpDetails": {"factor": 2, "threshold": 1}},
+            }],
+            "autoscaling": {"policy": "nvcf-step", "targetUtilization": 1.0, "stableWindow": "PT1M",
+                            "panicWindow": "PT6S", "scaleInDelay": "PT0S", "idleTimeout": "PT5M"},
+            "queue": QueueSettings::default(), "routing": Routing::default(),
+            "startTimeout": "PT10M", "drainTimeout": "PT5M", "cancelTimeout": "PT5S",
+        });
+        let same = "{gpu: H100, instanceType: H100_1x, minInstances: 1, maxInstances: 2, trafficWeight: 3, \
+                     deploymentSpecifications: [{autoscalingConfiguration: {scaleUpDetails: {factor: 2.0, threshold: 1}}}], \
+                     autoscaling: {policy: NVCF-STEP, targetUtilization: 1, stableWindow: PT60S}, \
+                     startTimeout: PT600S, unheardOf: 1, queue: null}";
+        assert_eq!(difference(&there, &wanted(same)), Difference::None);
+
+        let plain = "{gpu: H100, instanceType: H100_1x, minInstances: 1, maxInstances: 3}";
+        let Difference::Update(update) = difference(&there, &wanted(plain)) else {
+            panic!("it can be changed");
+        };
+        let mut paths: Vec<&str> = update.fields.iter().map(|f| f.path.as_str()).collect();
+        paths.sort_unstable();
+        let spec = "deployment.deploymentSpecifications[0]";
+        assert_eq!(
+            paths,
+            [
+                "deployment.autoscaling.policy",
+                "deployment.autoscaling.targetUtilization",
+                &format!("{spec}.autoscalingConfiguration.scaleUpDetails.factor"),
+                &format!("{spec}.autoscalingConfiguration.scaleUpDetails.threshold"),
+                &format!("{spec}.maxInstances"),
+                "deployment.trafficWeight",
+            ]
+        );
+        assert_eq!(update.body["trafficWeight"], Value::Null);
+        assert_eq!(update.body["queue"], json!(QueueSettings::default()));
+        assert_eq!(
+            update.body["deploymentSpecifications"][0]["gpuSpecificationId"],
+            "g"
+        );
+        assert_eq!(update.unconfigured, ["g"]);
+
+        for fixed in [
+            "{gpu: H100, instanceType: H100_2x}",
+            "{}",
+            "{gpu: H100, instanceType: H100_1x, deploymentSpecifications: [{}, {}]}",
+        ] {
+            assert_eq!(
+                difference(&there, &wanted(fixed)),
+                Difference::Fixed,
+                "{fixed}"
+            );
+        }
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub(super) struct Wanted {
     pub(super) body: Map<String, Value>,
     /// Absent: the version is made and not deployed.
     pub(super) deployment: Option<Map<String, Value>>,
-    /// Of both, hexadecimal.
+    /// Of the body, hexadecimal: a deployment can be changed, a version can't.
     pub(super) digest: String,
     at: At,
 }
@@ -65,109 +65,229 @@ impl At {
     }
 }
 
-/// The members that may be meant by one that is nearly so named.
-const MEMBERS: [(&str, &[&str]); 7] = [
+/// What a member has to be; `null` is the same as nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Text,
+    Whole,
+    Number,
+    Texts,
+    Mapping,
+    Mappings,
+}
+use Kind::{Mapping, Mappings, Number, Text, Texts, Whole};
+
+impl Kind {
+    fn holds(self, value: &Value) -> bool {
+        match self {
+            Text => value.is_string(),
+            // As the server has it, 2.0 is one too.
+            Whole => value.is_u64() || value.as_f64().is_some_and(|n| n >= 0.0 && n.fract() == 0.0),
+            Number => value.is_number(),
+            Texts | Mappings => value.is_array(),
+            Mapping => value.is_object(),
+        }
+    }
+
+    /// What the entries of a list have to be.
+    fn entries(self) -> Option<Self> {
+        match self {
+            Texts => Some(Text),
+            Mappings => Some(Mapping),
+            _ => None,
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Text => "a string",
+            Whole => "a whole number",
+            Number => "a number",
+            Texts | Mappings => "a list",
+            Mapping => "a mapping",
+        }
+    }
+}
+
+type Members = &'static [(&'static str, Kind)];
+
+/// The members of each group; one that is nearly so named may be meant by another.
+const MEMBERS: [(&str, Members); 7] = [
     (
         "",
         &[
-            "name",
-            "inferenceUrl",
-            "inferencePort",
-            "healthUri",
-            "health",
-            "process",
-            "endpoints",
-            "tags",
-            "description",
-            "rateLimit",
-            "apiBodyFormat",
-            "functionType",
-            "deployment",
+            ("name", Text),
+            ("inferenceUrl", Text),
+            ("inferencePort", Whole),
+            ("healthUri", Text),
+            ("health", Mapping),
+            ("process", Mapping),
+            ("endpoints", Texts),
+            ("tags", Texts),
+            ("description", Text),
+            ("rateLimit", Mapping),
+            ("apiBodyFormat", Text),
+            ("functionType", Text),
+            ("deployment", Mapping),
         ],
     ),
-    ("process", &["command", "env", "workingDir"]),
+    (
+        "process",
+        &[("command", Texts), ("env", Mappings), ("workingDir", Text)],
+    ),
     (
         "health",
-        &["protocol", "uri", "port", "timeout", "expectedStatusCode"],
+        &[
+            ("protocol", Text),
+            ("uri", Text),
+            ("port", Whole),
+            ("timeout", Text),
+            ("expectedStatusCode", Whole),
+        ],
     ),
     (
         "deployment",
         &[
-            "gpu",
-            "instanceType",
-            "minInstances",
-            "maxInstances",
-            "maxRequestConcurrency",
-            "deploymentSpecifications",
-            "autoscaling",
-            "queue",
-            "routing",
-            "trafficWeight",
-            "startTimeout",
-            "drainTimeout",
-            "cancelTimeout",
+            ("gpu", Text),
+            ("instanceType", Text),
+            ("minInstances", Whole),
+            ("maxInstances", Whole),
+            ("maxRequestConcurrency", Whole),
+            ("deploymentSpecifications", Mappings),
+            ("autoscaling", Mapping),
+            ("queue", Mapping),
+            ("routing", Mapping),
+            ("trafficWeight", Whole),
+            ("startTimeout", Text),
+            ("drainTimeout", Text),
+            ("cancelTimeout", Text),
         ],
     ),
     (
         "deployment.autoscaling",
         &[
-            "policy",
-            "targetUtilization",
-            "stableWindow",
-            "panicWindow",
-            "scaleInDelay",
-            "idleTimeout",
+            ("policy", Text),
+            ("targetUtilization", Number),
+            ("stableWindow", Text),
+            ("panicWindow", Text),
+            ("scaleInDelay", Text),
+            ("idleTimeout", Text),
         ],
     ),
     (
         "deployment.queue",
         &[
-            "maxRequests",
-            "maxBytes",
-            "holdBytes",
-            "busyTimeout",
-            "coldTimeout",
+            ("maxRequests", Whole),
+            ("maxBytes", Whole),
+            ("holdBytes", Whole),
+            ("busyTimeout", Text),
+            ("coldTimeout", Text),
         ],
     ),
-    ("deployment.routing", &["policy", "sessionHeader"]),
+    (
+        "deployment.routing",
+        &[("policy", Text), ("sessionHeader", Text)],
+    ),
 ];
 
-/// Finds slips of the keyboard and wrong durations; all else the server judges.
+/// Those of an entry of `deploymentSpecifications`.
+const SPECIFICATION: Members = &[
+    ("gpu", Text),
+    ("instanceType", Text),
+    ("minInstances", Whole),
+    ("maxInstances", Whole),
+    ("maxRequestConcurrency", Whole),
+    ("autoscalingConfiguration", Mapping),
+    ("backend", Text),
+    ("clusters", Texts),
+    ("regions", Texts),
+    ("attributes", Texts),
+    ("availabilityZones", Texts),
+    ("preferredOrder", Whole),
+];
+
+/// Finds slips of the keyboard, wrong kinds of values and wrong durations; all else the server judges.
 fn check(entry: &Value, at: &At) -> anyhow::Result<()> {
     for (group, known) in MEMBERS {
         let pointer = format!("/{}", group.replace('.', "/"));
-        let group_value = match group {
+        let value = match group {
             "" => Some(entry),
             _ => entry.pointer(&pointer),
         };
-        let Some(Value::Object(given)) = group_value else {
+        if let Some(value) = value {
+            check_group(value, group, known, at)?;
+        }
+    }
+    let path = "deployment.deploymentSpecifications";
+    for (number, spec) in list(&entry["deployment"], "deploymentSpecifications")
+        .iter()
+        .enumerate()
+    {
+        check_group(spec, &format!("{path}[{number}]"), SPECIFICATION, at)?;
+    }
+    Ok(())
+}
+
+fn check_group(value: &Value, group: &str, known: Members, at: &At) -> anyhow::Result<()> {
+    let Value::Object(given) = value else {
+        return Ok(());
+    };
+    for (member, value) in given {
+        let dot = if group.is_empty() { "" } else { "." };
+        let path = format!("{group}{dot}{member}");
+        let Some((_, kind)) = known.iter().find(|(name, _)| name == member) else {
+            if let [meant, ..] = near(member, known.iter().map(|(name, _)| *name))[..] {
+                return Err(at.wrong(
+                    &path,
+                    format!("there is no such member: did you mean {meant}?"),
+                ));
+            }
             continue;
         };
-        for (member, value) in given {
-            let dot = if group.is_empty() { "" } else { "." };
-            let path = format!("{group}{dot}{member}");
-            if !known.contains(&member.as_str()) {
-                if let [meant, ..] = near(member, known.iter().copied())[..] {
-                    return Err(at.wrong(
-                        &path,
-                        format!("there is no such member: did you mean {meant}?"),
-                    ));
-                }
-            } else if is_duration(member) {
-                let why = match value {
-                    Value::String(text) => text.parse::<IsoDuration>().err(),
-                    Value::Null => None,
-                    other => Some(format!(
-                        "{other} is not an ISO 8601 duration such as PT1M30S"
-                    )),
-                };
-                if let Some(why) = why {
-                    return Err(at.wrong(&path, why));
-                }
+        if value.is_null() {
+            continue;
+        }
+        if is_duration(member) {
+            let why = match value {
+                Value::String(text) => text.parse::<IsoDuration>().err(),
+                other => Some(format!(
+                    "{other} is not an ISO 8601 duration such as PT1M30S"
+                )),
+            };
+            if let Some(why) = why {
+                return Err(at.wrong(&path, why));
+            }
+        }
+        let of_kind = |kind: Kind, value: &Value, path: &str| {
+            if kind.holds(value) {
+                return Ok(());
+            }
+            let found = match value {
+                Value::Array(_) => "a list".into(),
+                Value::Object(_) => "a mapping".into(),
+                plain => plain.to_string(),
+            };
+            Err(at.wrong(path, format!("must be {}, not {found}", kind.as_str())))
+        };
+        of_kind(*kind, value, &path)?;
+        if let Some(kind) = kind.entries() {
+            for (number, entry) in value.as_array().into_iter().flatten().enumerate() {
+                of_kind(kind, entry, &format!("{path}[{number}]"))?;
             }
         }
     }
     Ok(())
+}
+
+/// Whether a deployment has a member of this name.
+pub(super) fn of_a_deployment(name: &str) -> bool {
+    let members = MEMBERS.iter().find(|(group, _)| *group == "deployment");
+    members.is_some_and(|(_, known)| known.iter().any(|(known, _)| *known == name))
+}
+
+/// Whether an entry of `deploymentSpecifications` has a member of this name.
+pub(super) fn of_a_specification(name: &str) -> bool {
+    SPECIFICATION.iter().any(|(known, _)| *known == name)
 }
 
 impl Wanted {
@@ -188,11 +308,11 @@ impl Wanted {
         }
         let deployment = match entry.remove("deployment") {
             None | Some(Value::Null) => None,
-            Some(Value::Object(deployment)) => Some(with_defaults(deployment)),
+            Some(Value::Object(deployment)) => Some(with_defaults(some(deployment))),
             Some(_) => return Err(at.wrong("deployment", "must be a mapping")),
         };
         entry.entry("inferenceUrl").or_insert("/".into());
-        if let Some(process) = entry.get_mut("process") {
+        if let Some(process) = entry.get_mut("process").filter(|p| !p.is_null()) {
             if !process.is_object() {
                 return Err(at.wrong("process", "must be a mapping"));
             }
@@ -204,7 +324,7 @@ impl Wanted {
             process["workingDir"] = json!(tidy(&working_dir));
         }
         let mut canonical = String::new();
-        write_canonical(&json!([entry, deployment]), &mut canonical);
+        write_canonical(&json!(entry), &mut canonical);
         let mut digest = String::new();
         for byte in Sha256::digest(&canonical) {
             write!(digest, "{byte:02x}").context("a string takes what is written")?;
@@ -332,6 +452,12 @@ pub(super) fn parse(
         .collect()
 }
 
+/// Without the members that are `null`: they are the same as nothing, and get defaults.
+fn some(members: Map<String, Value>) -> Map<String, Value> {
+    let given = members.into_iter().filter(|(_, value)| !value.is_null());
+    given.collect()
+}
+
 fn substitute(value: &mut Value, binary: &str) {
     match value {
         Value::String(s) => *s = s.replace(BINARY, binary),
@@ -428,10 +554,11 @@ functions:
         let a = one("{name: a, endpoints: [x], description: d}");
         let reordered = one("{description: d, endpoints: [x], name: a}");
         assert_eq!(a.digest, reordered.digest);
+        let deployed = one("{name: a, endpoints: [x], description: d, deployment: {}}");
+        assert_eq!(a.digest, deployed.digest, "a deployment makes no version");
         for other in [
-            "{name: a, endpoints: [y], description: d}",
-            "{name: a, endpoints: [x], description: d, deployment: {}}",
-            "{name: a, endpoints: [x, y], description: d}",
+            "{name: a, endpoints: [z], description: d}",
+            "{name: a, endpoints: [x, z], description: d}",
         ] {
             assert_ne!(a.digest, one(other).digest, "{other}");
         }
@@ -484,10 +611,42 @@ functions:
                 "functions:\n- name: a\n  deployment:\n    autoscaling: {idleTimeout: 5m}",
                 "f.yaml:4:32: functions[0].deployment.autoscaling.idleTimeout: '5m' is not an ISO 8601 duration: write PT5M",
             ),
+            (
+                "functions:\n- name: a\n  tags: mine",
+                "f.yaml:3:9: functions[0].tags: must be a list, not \"mine\"",
+            ),
+            (
+                "functions:\n- {name: a, tags: [mine, 7]}",
+                "f.yaml:2:26: functions[0].tags[1]: must be a string, not 7",
+            ),
+            (
+                "functions:\n- name: a\n  process: {command: x}",
+                "f.yaml:3:22: functions[0].process.command: must be a list, not \"x\"",
+            ),
+            (
+                "functions:\n- name: a\n  process: {workingDir: [x]}",
+                "f.yaml:3:25: functions[0].process.workingDir: must be a string, not a list",
+            ),
+            (
+                "functions:\n- name: a\n  deployment: {minInstances: '1'}",
+                "f.yaml:3:30: functions[0].deployment.minInstances: must be a whole number, not \"1\"",
+            ),
+            (
+                "functions:\n- name: a\n  deployment: {queue: 7}",
+                "f.yaml:3:23: functions[0].deployment.queue: must be a mapping, not 7",
+            ),
+            (
+                "functions:\n- name: a\n  deployment:\n    deploymentSpecifications: [{maxInstances: -1}]",
+                "f.yaml:4:47: functions[0].deployment.deploymentSpecifications[0].maxInstances: must be a whole number, not -1",
+            ),
         ] {
             let error = parsed(text).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{text}: {error}");
         }
+        assert!(
+            parsed("functions: [{name: a, tags: null, process: null, deployment: {queue: null, gpu: null}}]").is_ok(),
+            "null is nothing"
+        );
         assert!(
             parsed("functions: [{name: a, containerImage: x}]").is_ok(),
             "the server's to judge"

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
     super::api::Row,
+    diff::{Difference, Update, difference},
     file::{DIGEST, NAME, OWNER, Wanted},
 };
 
@@ -44,8 +46,12 @@ pub(super) enum Change<'a> {
     Deploy(Version, &'a Wanted),
     /// It is in ERROR.
     Redeploy(Version, &'a Wanted),
-    /// It is on its way, and old versions wait for it.
-    Await(Version),
+    /// Its deployment is not as the file says.
+    Update(Version, &'a Wanted, Update),
+    /// It is as the file says, and in this state on its way.
+    Await(Version, String),
+    /// Old versions wait for it.
+    Replace(Version, &'a Wanted),
     /// No longer in the file.
     Delete,
     /// No longer in the file, and not to be pruned.
@@ -60,7 +66,9 @@ impl Change<'_> {
             Self::CreateVersion(..) => "new version",
             Self::Deploy(..) => "deployed",
             Self::Redeploy(..) => "deployed again",
-            Self::Await(_) => "replaced",
+            Self::Update(..) => "deployment changed",
+            Self::Await(..) => "waited for",
+            Self::Replace(..) => "replaced",
             Self::Delete => "deleted",
             Self::Keep => "not in the file; --prune deletes it",
         }
@@ -69,10 +77,12 @@ impl Change<'_> {
     pub(super) fn kind(&self) -> Kind {
         match self {
             Self::CreateFunction(_) => Kind::Created,
-            Self::CreateVersion(..) | Self::Deploy(..) | Self::Redeploy(..) | Self::Await(_) => {
-                Kind::Updated
-            }
-            Self::Nothing | Self::Keep => Kind::Unchanged,
+            Self::CreateVersion(..)
+            | Self::Deploy(..)
+            | Self::Redeploy(..)
+            | Self::Update(..)
+            | Self::Replace(..) => Kind::Updated,
+            Self::Nothing | Self::Await(..) | Self::Keep => Kind::Unchanged,
             Self::Delete => Kind::Deleted,
         }
     }
@@ -87,14 +97,8 @@ pub(super) enum Kind {
     Deleted,
 }
 
-/// The file's functions in its order, then those it no longer has. `there` is
-/// oldest first.
-pub(super) fn plan<'a>(
-    wanted: &'a [Wanted],
-    there: &[Row],
-    owner: &str,
-    prune: bool,
-) -> Vec<Step<'a>> {
+/// What applies of an owner made, by the names in the file; oldest first, as `there` is.
+fn made<'a>(there: &'a [Row], owner: &str) -> BTreeMap<&'a str, Vec<&'a Row>> {
     let owner = format!("{OWNER}{owner}");
     let mut made: BTreeMap<&str, Vec<&Row>> = BTreeMap::new();
     for row in there.iter().filter(|row| row.tags.contains(&owner)) {
@@ -102,14 +106,47 @@ pub(super) fn plan<'a>(
             made.entry(name).or_default().push(row);
         }
     }
+    made
+}
 
+/// The version that is as the file says, but perhaps for its deployment.
+fn current<'a>(wanted: &Wanted, rows: &[&'a Row]) -> Option<&'a Row> {
+    let digest = format!("{DIGEST}{}", wanted.digest);
+    rows.iter()
+        .rev()
+        .find(|row| row.tags.contains(&digest))
+        .copied()
+}
+
+/// The versions whose deployments a plan looks at.
+pub(super) fn looked_at(wanted: &[Wanted], there: &[Row], owner: &str) -> Vec<Version> {
+    let made = made(there, owner);
+    wanted
+        .iter()
+        .filter(|wanted| wanted.deployment.is_some())
+        .filter_map(|wanted| current(wanted, made.get(wanted.name.as_str())?))
+        .filter(|row| row.deployed())
+        .map(Version::from)
+        .collect()
+}
+
+/// The file's functions in its order, then those it no longer has. `there` is
+/// oldest first, `deployments` are those of the versions [`looked_at`].
+pub(super) fn plan<'a>(
+    wanted: &'a [Wanted],
+    there: &[Row],
+    deployments: &BTreeMap<Uuid, Value>,
+    owner: &str,
+    prune: bool,
+) -> Vec<Step<'a>> {
+    let made = made(there, owner);
     let mut steps: Vec<Step<'a>> = wanted
         .iter()
         .map(|wanted| {
             let rows = made
                 .get(wanted.name.as_str())
                 .map_or(&[][..], Vec::as_slice);
-            step(wanted, rows)
+            step(wanted, rows, deployments)
         })
         .collect();
 
@@ -128,24 +165,36 @@ pub(super) fn plan<'a>(
     steps
 }
 
-fn step<'a>(wanted: &'a Wanted, rows: &[&Row]) -> Step<'a> {
-    let digest = format!("{DIGEST}{}", wanted.digest);
-    let current = rows.iter().rev().find(|row| row.tags.contains(&digest));
-    let remove: Vec<Version> = rows
-        .iter()
-        .filter(|row| current.is_none_or(|current| current.version_id != row.version_id))
-        .map(|row| Version::from(*row))
-        .collect();
-    let change = match (current, rows.last()) {
-        (None, None) => Change::CreateFunction(wanted),
-        (None, Some(newest)) => Change::CreateVersion(newest.id, wanted),
-        (Some(row), _) => match (row.status.as_str(), &wanted.deployment) {
-            (_, None) => Change::Nothing,
-            ("INACTIVE", Some(_)) => Change::Deploy(Version::from(*row), wanted),
-            ("ERROR", Some(_)) => Change::Redeploy(Version::from(*row), wanted),
-            _ if remove.is_empty() => Change::Nothing,
-            _ => Change::Await(Version::from(*row)),
-        },
+fn step<'a>(wanted: &'a Wanted, rows: &[&Row], deployments: &BTreeMap<Uuid, Value>) -> Step<'a> {
+    let current = current(wanted, rows);
+    let others = |kept: Option<&Row>| -> Vec<Version> {
+        rows.iter()
+            .filter(|row| kept.is_none_or(|kept| kept.version_id != row.version_id))
+            .map(|row| Version::from(*row))
+            .collect()
+    };
+    let mut remove = others(current);
+    let change = match (current, rows.last(), &wanted.deployment) {
+        (None, None, _) => Change::CreateFunction(wanted),
+        (None, Some(newest), _) => Change::CreateVersion(newest.id, wanted),
+        (Some(_), _, None) => Change::Nothing,
+        (Some(row), _, Some(deployment)) => {
+            let version = Version::from(row);
+            let there = deployments.get(&row.version_id);
+            let differs = there.map_or(Difference::None, |there| difference(there, deployment));
+            match (row.status.as_str(), differs) {
+                ("INACTIVE", _) => Change::Deploy(version, wanted),
+                ("ERROR", _) => Change::Redeploy(version, wanted),
+                (_, Difference::Fixed) => {
+                    remove = others(None);
+                    Change::CreateVersion(row.id, wanted)
+                }
+                (_, Difference::Update(update)) => Change::Update(version, wanted, update),
+                (_, Difference::None) if !remove.is_empty() => Change::Replace(version, wanted),
+                ("ACTIVE", Difference::None) => Change::Nothing,
+                (status, Difference::None) => Change::Await(version, status.to_owned()),
+            }
+        }
     };
     Step {
         name: wanted.name.clone(),
@@ -202,7 +251,8 @@ mod tests {
                 &[],
             ),
             ("so already", vec![r(1, new, "ACTIVE")], "unchanged", &[]),
-            ("coming up", vec![r(1, new, "DEPLOYING")], "unchanged", &[]),
+            ("coming up", vec![r(1, new, "DEPLOYING")], "waited for", &[]),
+            ("lost", vec![r(1, new, "DEGRADED")], "waited for", &[]),
             (
                 "cut off before deploying",
                 vec![r(1, new, "INACTIVE")],
@@ -237,7 +287,13 @@ mod tests {
             ),
         ];
         for (case, there, change, remove) in cases {
-            let steps = plan(std::slice::from_ref(&w), &there, "me", true);
+            let steps = plan(
+                std::slice::from_ref(&w),
+                &there,
+                &BTreeMap::new(),
+                "me",
+                true,
+            );
             assert_eq!(steps.len(), 1, "{case}");
             assert_eq!(steps[0].change.as_str(), change, "{case}");
             assert_eq!(removed(&steps[0]), remove, "{case}");
@@ -245,10 +301,60 @@ mod tests {
     }
 
     #[test]
+    fn a_deployment_is_changed_where_it_can_be() {
+        let text = |min| {
+            let deployment = format!("{{minInstances: {min}}}");
+            format!("functions: [{{name: f, endpoints: [x], deployment: {deployment}}}]")
+        };
+        let parse = |text: &str| {
+            let dir = std::path::Path::new("/");
+            super::super::file::parse(text, "f.yaml", dir, "weir").unwrap()
+        };
+        let (one, two) = (parse(&text(1)), parse(&text(2)));
+        let told = |wanted: &[Wanted]| {
+            let deployment = wanted[0].deployment.clone().unwrap().into();
+            BTreeMap::from([(Uuid::from_u128(1), deployment)])
+        };
+        let r = |status| row((1, 1), "me", "f", &one[0].digest, status);
+        let looked = looked_at(&two, &[r("ACTIVE")], "me");
+        assert_eq!(looked.len(), 1);
+        assert!(looked_at(&two, &[r("INACTIVE")], "me").is_empty());
+        assert!(looked_at(&two, &[r("ACTIVE")], "you").is_empty());
+        for status in ["ACTIVE", "DEPLOYING", "DEGRADED"] {
+            let steps = plan(&two, &[r(status)], &told(&one), "me", true);
+            let Change::Update(version, _, update) = &steps[0].change else {
+                panic!("{status}: {steps:?}");
+            };
+            assert_eq!(version.id, Uuid::from_u128(1), "no new version");
+            assert_eq!(
+                update.body["deploymentSpecifications"][0]["minInstances"],
+                2
+            );
+            assert!(steps[0].remove.is_empty());
+        }
+        let steps = plan(&two, &[r("ERROR")], &told(&one), "me", true);
+        assert_eq!(steps[0].change.as_str(), "deployed again");
+
+        // What is fixed takes a new version, and the old one serves until it is there.
+        let mut gpu = told(&one);
+        let spec = gpu.get_mut(&Uuid::from_u128(1)).unwrap();
+        spec["deploymentSpecifications"][0]["gpu"] = "H100".into();
+        let steps = plan(&one, &[r("ACTIVE")], &gpu, "me", true);
+        assert_eq!(steps[0].change.as_str(), "new version");
+        assert_eq!(removed(&steps[0]), [1]);
+    }
+
+    #[test]
     fn a_new_version_is_of_the_same_function() {
         let w = wanted("f", true);
         let there = [row((7, 1), "me", "f", "old", "ACTIVE")];
-        let steps = plan(std::slice::from_ref(&w), &there, "me", false);
+        let steps = plan(
+            std::slice::from_ref(&w),
+            &there,
+            &BTreeMap::new(),
+            "me",
+            false,
+        );
         assert_eq!(
             steps[0].change,
             Change::CreateVersion(Uuid::from_u128(7), &w)
@@ -261,7 +367,13 @@ mod tests {
         let w = wanted("f", false);
         for status in ["INACTIVE", "ACTIVE", "ERROR"] {
             let there = [row((1, 1), "me", "f", &w.digest, status)];
-            let steps = plan(std::slice::from_ref(&w), &there, "me", true);
+            let steps = plan(
+                std::slice::from_ref(&w),
+                &there,
+                &BTreeMap::new(),
+                "me",
+                true,
+            );
             assert_eq!(steps[0].change, Change::Nothing, "{status}");
         }
     }
@@ -278,13 +390,25 @@ mod tests {
             row((3, 3), "you", "theirs", "x", "ACTIVE"),
             by_hand,
         ];
-        let steps = plan(std::slice::from_ref(&w), &there, "me", true);
+        let steps = plan(
+            std::slice::from_ref(&w),
+            &there,
+            &BTreeMap::new(),
+            "me",
+            true,
+        );
         assert_eq!(steps.len(), 2);
         assert_eq!(steps[1].name, "gone");
         assert_eq!(steps[1].change, Change::Delete);
         assert_eq!(removed(&steps[1]), [2, 5]);
 
-        let steps = plan(std::slice::from_ref(&w), &there, "me", false);
+        let steps = plan(
+            std::slice::from_ref(&w),
+            &there,
+            &BTreeMap::new(),
+            "me",
+            false,
+        );
         assert_eq!(steps[1].change, Change::Keep);
         assert!(steps[1].remove.is_empty());
     }
@@ -297,7 +421,7 @@ mod tests {
             .zip(1..)
             .map(|(w, id)| row((id, id), "me", &w.name, &w.digest, "ACTIVE"))
             .collect();
-        let steps = plan(&all, &there, "me", true);
+        let steps = plan(&all, &there, &BTreeMap::new(), "me", true);
         assert!(
             steps
                 .iter()

@@ -10,6 +10,8 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
+use weir_control::model::{Autoscaling, QueueSettings, Routing};
+
 use super::*;
 
 /// What the server was asked to change, and its versions.
@@ -66,14 +68,30 @@ async fn answer(
             };
             let version = &mut server.versions[at];
             match verb {
-                "POST" => version["status"] = json!("ACTIVE"),
+                "POST" => {
+                    version["status"] = json!("ACTIVE");
+                    version["deployment"] = body;
+                }
+                "PUT" => version["deployment"] = body,
                 "DELETE" => version["status"] = json!("INACTIVE"),
                 _ if version["status"] == "INACTIVE" => {
                     return StatusCode::NOT_FOUND.into_response();
                 }
                 _ => {}
             }
-            json(json!({"deployment": {}}))
+            let mut deployment = json!({
+                "autoscaling": Autoscaling::default(), "queue": QueueSettings::default(),
+                "routing": Routing::default(),
+                "startTimeout": "PT10M", "drainTimeout": "PT5M", "cancelTimeout": "PT5S",
+            });
+            let all = deployment.as_object_mut().unwrap();
+            all.extend(
+                version["deployment"]
+                    .as_object()
+                    .cloned()
+                    .unwrap_or_default(),
+            );
+            json(json!({"deployment": deployment}))
         }
         _ => StatusCode::IM_A_TEAPOT.into_response(),
     }
@@ -105,6 +123,7 @@ async fn a_file_is_applied_changed_and_pruned() {
             owner: "me".into(),
             prune,
             dry_run: false,
+            keep_failed: false,
             wait: Wait::at_most(Duration::from_secs(5)),
             drain_timeout: IsoDuration::secs(5),
         };
@@ -122,7 +141,14 @@ async fn a_file_is_applied_changed_and_pruned() {
     let (changes, _) = apply(first, true).await;
     assert_eq!(changes, "", "the second time nothing changes");
 
-    let changed = "functions: [{name: a, endpoints: [y], deployment: {}}]";
+    let more = "functions: [{name: a, endpoints: [x], deployment: {maxInstances: 2}}]";
+    let (changes, versions) = apply(more, true).await;
+    assert_eq!(changes, "PUT deployments", "no new version");
+    assert_eq!(versions[0]["versionId"], before["versionId"]);
+    let (changes, _) = apply(more, true).await;
+    assert_eq!(changes, "");
+
+    let changed = "functions: [{name: a, endpoints: [z], deployment: {}}]";
     let (changes, versions) = apply(changed, true).await;
     assert_eq!(
         changes,
