@@ -293,7 +293,7 @@ where
         .keep_alive_timeout(head);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(opened.stream), service));
     tokio::select! {
-        _ = &mut connection => return,
+        _ = &mut connection => {}
         () = reached(&mut stopping, Stopping::Draining) => {
             connection.as_mut().graceful_shutdown();
             _ = connection.await;
