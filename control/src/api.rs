@@ -147,7 +147,7 @@ impl Api {
             tally.since = 0;
         }
         if tally.at_most >= self.max_functions {
-            return Err(Problem::conflict(format!(
+            return Err(Problem::bad(format!(
                 "account '{account}' has {} functions, the limit (--max-functions {}): delete some, or raise it",
                 tally.at_most, self.max_functions
             )));

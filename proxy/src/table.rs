@@ -301,10 +301,12 @@ impl Table {
             shared_with: view.shared_with.clone(),
             deployed,
             deployment: view.deployment.clone(),
-            starting: view
-                .instances
-                .iter()
-                .any(|i| i.state == InstanceState::Starting),
+            // DEPLOYING: one that no agent has told of yet is under way too.
+            starting: view.state == FunctionState::Deploying
+                || view
+                    .instances
+                    .iter()
+                    .any(|i| i.state == InstanceState::Starting),
             failure,
         }
     }

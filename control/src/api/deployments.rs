@@ -644,7 +644,8 @@ async fn create_once(api: &Api, deployment: &Deployment) -> Result<Version, Prob
     let stored = api.stored(deployment.function, deployment.version).await?;
     if let Some((there, _)) = &stored.deployment {
         let view = api.shown(deployment.function, deployment.version);
-        return Err(Problem::conflict(if there.undeploying {
+        // NVCF's code.
+        return Err(Problem::bad(if there.undeploying {
             "the version is being undeployed: wait until its last requests are done, or DELETE without graceful".to_owned()
         } else if view.is_some_and(|v| v.state == FunctionState::Error) {
             "the version is deployed and in ERROR: undeploy it first".to_owned()

@@ -218,7 +218,7 @@ async fn a_function_lives_and_goes() {
     );
     weir.post(&deployments, body.clone())
         .await
-        .problem(409, "conflict", "is deployed");
+        .problem(400, "bad-request", "is deployed");
     let by_id = format!(
         "/v2/nvcf/deployments/{}",
         d["deploymentId"].as_str().unwrap()
@@ -292,7 +292,7 @@ async fn a_function_lives_and_goes() {
     }
     weir.post(&deployments, body.clone())
         .await
-        .problem(409, "conflict", "being undeployed");
+        .problem(400, "bad-request", "being undeployed");
     weir.call(ADMIN, "DELETE", &deployments, json!({}))
         .await
         .ok();
@@ -961,7 +961,7 @@ async fn a_limit_on_functions_holds_for_many_at_once() {
     assert_eq!(made, 5);
     weir.post("/v2/nvcf/functions", echo())
         .await
-        .problem(409, "conflict", "5");
+        .problem(400, "bad-request", "5");
     let one = weir.context.directory.views()[0].versions[0]
         .version
         .clone();

@@ -297,7 +297,7 @@ async fn what_is_deployed_is_not_deployed_again_nor_changed_into_nonsense() {
     assert_eq!(response.text().await.unwrap(), "hello");
 
     let words = ["is deployed", "PATCH", "undeploy it first"];
-    conflicts(&server, Method::POST, &path, &largest, &words).await;
+    refuses(&server, Method::POST, &path, &largest, &words).await;
     let gpu = json!({"gpu": "H100", "instanceType": "a_1x", "minInstances": 0, "maxInstances": 1});
     let gpu = json!({"deploymentSpecifications": [gpu]});
     conflicts(
