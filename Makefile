@@ -1,6 +1,6 @@
 .PHONY: setup test check-deploy run fmt lint
 
-# What a build and its tests need besides a Rust toolchain and a C linker.
+# What a build and its tests need besides a Rust toolchain and a C compiler.
 setup:
 	@command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
 	@command -v python3 >/dev/null || { command -v apt-get >/dev/null && apt-get update && apt-get install -y python3; } \

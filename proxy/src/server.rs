@@ -93,8 +93,11 @@ pub async fn accept(
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of descriptors, most likely: wait for some to come back instead of spinning.
+                // Out of descriptors, most likely: wait for some to come back instead of spinning. A stop waits for none.
                 tracing::warn!(%error, "could not accept a connection");
+                if last {
+                    return Ok(());
+                }
                 sleep(Duration::from_millis(50)).await;
                 continue;
             }

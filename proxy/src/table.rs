@@ -79,7 +79,7 @@ pub struct Deployed {
 /// What was told to the queue.
 #[derive(Default)]
 struct Told {
-    /// By the table's task, of each instance.
+    /// Of each instance, as of the directory's last change.
     instances: HashMap<InstanceId, Arc<Backend>>,
     /// Out of the queue for good: what is said of them later comes too late. Whether the directory had them since.
     retired: HashMap<InstanceId, bool>,
